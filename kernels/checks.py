@@ -1,0 +1,70 @@
+"""Argument checks shared by every operation: an error names the argument, what came and what was expected."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    *,
+    shape: tuple[int, ...] | None = None,
+    like: str = "",  # where `shape` comes from, for the message: "tokens", "weight.shape[1]"
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, expected {expected}")
+    if shape is not None and tuple(value.shape) != shape:
+        source = f" (the shape of {like})" if like else ""
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}{source}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}, where the other arguments are")
+
+
+def check_number(name: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> None:
+    inside = isinstance(value, int | float) and (low < value if open_low else low <= value) and value <= high
+    if not inside or value == float("inf"):
+        left, right = "(" if open_low else "[", ")" if high == float("inf") else "]"
+        raise ValueError(f"{name}: got {value!r}, expected a number in {left}{low:g}, {high:g}{right}")
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Token ids must lie in [0, vocab_size). On CUDA the check runs on the device and costs no synchronisation."""
+    if tokens.is_cuda:
+        torch._assert_async(((tokens >= 0) & (tokens < vocab_size)).all(), f"{name}: a token outside [0, {vocab_size})")
+    elif tokens.numel():
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"{name}: got a token {low if low < 0 else high}, expected [0, {vocab_size})")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any of the tensors is float64, else float32: what an operation computes in and returns."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def refuse_double_backward(name: str) -> None:
+    """Called in a backward pass: with create_graph=True, its gradients would silently count as constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: double backward (create_graph=True) is not supported; impl='reference' supports it"
+        )
+
+
+def resolve_impl(impl: Impl, device: torch.device) -> Literal["torch", "reference"]:
+    """The implementation that will run; an explicit choice that cannot run raises."""
+    if impl not in ("auto", "triton", "torch", "reference"):
+        raise ValueError(f'impl: got {impl!r}, expected "auto", "triton", "torch" or "reference"')
+    if impl == "triton":
+        raise NotImplementedError('impl="triton" does not exist yet; use "auto" or "torch"')
+    return "reference" if impl == "reference" else "torch"

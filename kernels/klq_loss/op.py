@@ -1,0 +1,491 @@
+"""The KLQ loss: (Q − G)² over the valid tokens, its gradients and its metrics, from log-probs or from hidden states."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import (
+    Impl,
+    check_number,
+    check_tensor,
+    check_tokens,
+    compute_dtype,
+    refuse_double_backward,
+    resolve_impl,
+)
+from ..linear_logprob.op import check_head, head_pass
+from . import reference
+
+
+class KLQLossOutput(NamedTuple):
+    loss: Tensor  # ()
+    logprobs: Tensor  # (…), log π of the tokens, detached; 0 in the invalid slots
+    metrics: dict[str, Tensor]  # () each, detached; means over the valid tokens, 0 where there are none
+
+
+def klq_loss(
+    logprobs: Tensor,  # (…)
+    ref_logprobs: Tensor,  # (…)
+    values: Tensor,  # (…)
+    returns: Tensor,  # (…)
+    mask: Tensor | None = None,  # (…) bool
+    *,
+    tau: float,
+    policy_weight: float = 1.0,
+    value_weight: float = 1.0,
+    num_tokens: float | Tensor | None = None,
+    impl: Impl = "auto",
+) -> KLQLossOutput:
+    """Σ_valid (Q − G)² / num_tokens with Q = τ(log π − log π_ref) + V (arXiv 2508.17000, Eq. 6, 13 and Algorithm 2).
+
+    logprobs: log π(token) in nats; ref_logprobs: log π_ref(token); values: V(s_t); returns: the λ-returns G; each
+    (…), floating point. mask: (…) bool, None for all valid; an invalid slot is never read, NaN there does no harm.
+    tau: the KL coefficient, in reward per nat. num_tokens: what the sum is divided by, for instance the number of
+    valid tokens of all devices and microbatches together (a number above 0, or a 0-d tensor, whose value is not
+    checked); None for the number of valid tokens here, and a loss of 0 where there are none.
+    policy_weight and value_weight (≥ 0) multiply the gradients 2τ(Q − G) and 2(Q − G) that reach logprobs and values;
+    the loss value does not change. No gradient reaches ref_logprobs and returns.
+
+    Returns the loss (0-d), logprobs with 0 in the invalid slots, and the metrics, computed without a host sync:
+    td_error (mean of G − Q), kl (mean of log π − log π_ref: an estimate of KL(π‖π_ref) on the policy's own samples),
+    explained_variance (1 − Var(G − Q) / Var(G); 0 where G is constant), value_error (mean of (V − G)²), values and
+    returns (means of V and of G). All float32, or float64 where an argument is float64.
+    Raises ValueError for wrong shapes, dtypes and devices, tau ≤ 0, a negative weight, num_tokens ≤ 0.
+    """
+    check_tensor("logprobs", logprobs)
+    _check_targets(logprobs, "logprobs", ref_logprobs, values, returns, mask)
+    _check_numbers(tau, policy_weight, value_weight, num_tokens)
+    ref_logprobs, returns = ref_logprobs.detach(), returns.detach()
+    if resolve_impl(impl, logprobs.device) == "reference":
+        loss, valid_logprobs = reference.klq_loss(
+            logprobs,
+            ref_logprobs,
+            values,
+            returns,
+            mask,
+            tau=tau,
+            policy_weight=policy_weight,
+            value_weight=value_weight,
+            num_tokens=num_tokens,
+        )
+    else:
+        count = _count_tensor(num_tokens, logprobs.device)
+        loss, valid_logprobs, *_ = _klq_loss(
+            logprobs,
+            values,
+            ref_logprobs,
+            returns,
+            mask,
+            count,
+            float(tau),
+            float(policy_weight),
+            float(value_weight),
+        )
+    return KLQLossOutput(loss, valid_logprobs, _metrics(valid_logprobs, ref_logprobs, values, returns, mask, tau))
+
+
+def linear_klq_loss(
+    hidden: Tensor,  # (…, D)
+    weight: Tensor,  # (V, D)
+    tokens: Tensor,  # (…) int64
+    ref_logprobs: Tensor,  # (…)
+    values: Tensor,  # (…)
+    returns: Tensor,  # (…)
+    mask: Tensor | None = None,  # (…) bool
+    *,
+    tau: float,
+    policy_weight: float = 1.0,
+    value_weight: float = 1.0,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    num_tokens: float | Tensor | None = None,
+    impl: Impl = "auto",
+) -> KLQLossOutput:
+    """`klq_loss` with log π = log softmax(softcap(hidden · weightᵀ + bias) / temperature)[token], without the logits.
+
+    hidden: (…, D), weight: (V, D), bias: (V,), floating point, each in its own dtype; tokens: (…) int64, in [0, V)
+    wherever the mask is true. The invalid slots of hidden and tokens are not read either, and cost nothing. The other
+    arguments, the result and the errors are those of `klq_loss`; the logits follow `linear_logprobs`, and with them
+    the dtype of the result: float64 where hidden or weight is float64.
+
+    The gradient is produced in the forward pass, as Q − G is known token by token: 6·n·V·D floating-point operations
+    for n valid tokens, 4·n·V·D where hidden or weight is frozen, 2·n·V·D without gradients. Logits exist for a chunk of
+    tokens at a time. A gradient is accumulated in the dtype of the result, held until backward, and takes the dtype of its
+    tensor there. A second backward (retain_graph=True) computes everything again; double backward raises.
+    """
+    check_head(hidden, weight, tokens, bias, temperature, softcap)
+    _check_targets(tokens, "tokens", ref_logprobs, values, returns, mask)
+    _check_numbers(tau, policy_weight, value_weight, num_tokens)
+    ref_logprobs, returns = ref_logprobs.detach(), returns.detach()
+    if resolve_impl(impl, hidden.device) == "reference":
+        check_tokens("tokens", tokens if mask is None else tokens[mask], weight.shape[0])
+        loss, logprobs = reference.linear_klq_loss(
+            hidden,
+            weight,
+            tokens,
+            ref_logprobs,
+            values,
+            returns,
+            mask,
+            tau=tau,
+            policy_weight=policy_weight,
+            value_weight=value_weight,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            num_tokens=num_tokens,
+        )
+    else:
+        wanted = torch.is_grad_enabled()
+        loss, flat_logprobs, *_ = _linear_klq_loss(
+            hidden.reshape(tokens.numel(), weight.shape[1]),
+            weight,
+            bias,
+            values.reshape(-1),
+            tokens.reshape(-1),
+            ref_logprobs.reshape(-1),
+            returns.reshape(-1),
+            None if mask is None else mask.reshape(-1),
+            _count_tensor(num_tokens, hidden.device),
+            float(tau),
+            float(policy_weight),
+            float(value_weight),
+            float(temperature),
+            softcap,
+            wanted and hidden.requires_grad,
+            wanted and weight.requires_grad,
+            wanted and bias is not None and bias.requires_grad,
+        )
+        logprobs = flat_logprobs.view(tokens.shape)
+    return KLQLossOutput(loss, logprobs, _metrics(logprobs, ref_logprobs, values, returns, mask, tau))
+
+
+class KLQLoss(nn.Module):
+    """`klq_loss` with its numbers fixed; forward takes (logprobs, ref_logprobs, values, returns, mask)."""
+
+    def __init__(self, *, tau: float, policy_weight: float = 1.0, value_weight: float = 1.0, impl: Impl = "auto"):
+        super().__init__()
+        _check_numbers(tau, policy_weight, value_weight, None)
+        self.tau, self.policy_weight, self.value_weight, self.impl = tau, policy_weight, value_weight, impl
+
+    def forward(
+        self,
+        logprobs: Tensor,  # (…)
+        ref_logprobs: Tensor,  # (…)
+        values: Tensor,  # (…)
+        returns: Tensor,  # (…)
+        mask: Tensor | None = None,  # (…) bool
+        *,
+        num_tokens: float | Tensor | None = None,
+    ) -> KLQLossOutput:
+        return klq_loss(
+            logprobs,
+            ref_logprobs,
+            values,
+            returns,
+            mask,
+            tau=self.tau,
+            policy_weight=self.policy_weight,
+            value_weight=self.value_weight,
+            num_tokens=num_tokens,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, policy_weight={self.policy_weight}, value_weight={self.value_weight}"
+
+
+class LinearKLQLoss(nn.Module):
+    """`linear_klq_loss` with its numbers fixed; forward takes (hidden, weight, tokens, ref_logprobs, …, mask)."""
+
+    def __init__(
+        self,
+        *,
+        tau: float,
+        policy_weight: float = 1.0,
+        value_weight: float = 1.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        _check_numbers(tau, policy_weight, value_weight, None)
+        self.tau, self.policy_weight, self.value_weight, self.impl = tau, policy_weight, value_weight, impl
+        self.temperature, self.softcap = temperature, softcap
+
+    def forward(
+        self,
+        hidden: Tensor,  # (…, D)
+        weight: Tensor,  # (V, D)
+        tokens: Tensor,  # (…) int64
+        ref_logprobs: Tensor,  # (…)
+        values: Tensor,  # (…)
+        returns: Tensor,  # (…)
+        mask: Tensor | None = None,  # (…) bool
+        *,
+        bias: Tensor | None = None,  # (V,)
+        num_tokens: float | Tensor | None = None,
+    ) -> KLQLossOutput:
+        return linear_klq_loss(
+            hidden,
+            weight,
+            tokens,
+            ref_logprobs,
+            values,
+            returns,
+            mask,
+            tau=self.tau,
+            policy_weight=self.policy_weight,
+            value_weight=self.value_weight,
+            bias=bias,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            num_tokens=num_tokens,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        weights = f"policy_weight={self.policy_weight}, value_weight={self.value_weight}"
+        return f"tau={self.tau}, {weights}, temperature={self.temperature}, softcap={self.softcap}"
+
+
+def _check_targets(
+    like: Tensor, like_name: str, ref_logprobs: Tensor, values: Tensor, returns: Tensor, mask: Tensor | None
+) -> None:
+    shape, device = tuple(like.shape), like.device
+    for name, value in (("ref_logprobs", ref_logprobs), ("values", values), ("returns", returns)):
+        check_tensor(name, value, shape=shape, like=like_name, device=device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=shape, like=like_name, dtypes=(torch.bool,), device=device)
+
+
+def _check_numbers(tau: float, policy_weight: float, value_weight: float, num_tokens: float | Tensor | None) -> None:
+    check_number("tau", tau, low=0.0, open_low=True)
+    check_number("policy_weight", policy_weight, low=0.0)
+    check_number("value_weight", value_weight, low=0.0)
+    if isinstance(num_tokens, Tensor):
+        check_tensor(
+            "num_tokens", num_tokens, shape=(), dtypes=(torch.int64, torch.int32, torch.float32, torch.float64)
+        )
+    elif num_tokens is not None:
+        check_number("num_tokens", num_tokens, low=0.0, open_low=True)
+
+
+# The mathematics of the loss, once for both operations.
+
+
+def _residuals(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, returns: Tensor, tau: float) -> Tensor:
+    """Q − G with Q = τ(log π − log π_ref) + V (Eq. 13); minus the TD error of Algorithm 2 where G is fresh."""
+    return tau * (logprobs - ref_logprobs) + values - returns
+
+
+def _loss(residuals: Tensor, inverse_count: Tensor) -> Tensor:
+    return residuals.square().sum() * inverse_count
+
+
+def _loss_gradient(residuals: Tensor, inverse_count: Tensor, factor: float) -> Tensor:
+    """The gradient that reaches log π with factor τ·policy_weight, and V with factor value_weight."""
+    return residuals * (inverse_count * (2 * factor))
+
+
+def _inverse_count(num_tokens: Tensor | None, mask: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """1 / num_tokens, or 1 / max(1, number of valid tokens), as a 0-d tensor: no host sync."""
+    if num_tokens is None:
+        num_tokens = torch.full((), size, device=like.device) if mask is None else mask.sum()
+        num_tokens = num_tokens.clamp(min=1)
+    return num_tokens.detach().to(like.device, torch.float64).reciprocal().to(like.dtype)
+
+
+def _metrics(
+    logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, returns: Tensor, mask: Tensor | None, tau: float
+) -> dict[str, Tensor]:
+    inverse_count = _inverse_count(None, mask, logprobs.numel(), logprobs)
+    ref_logprobs, values, returns = (each.detach().to(logprobs.dtype) for each in (ref_logprobs, values, returns))
+
+    def mean(each: Tensor) -> Tensor:
+        return (each if mask is None else torch.where(mask, each, 0)).sum() * inverse_count
+
+    td_errors = -_residuals(logprobs, ref_logprobs, values, returns, tau)
+    td_error, returns_mean = mean(td_errors), mean(returns)
+    returns_variance = mean((returns - returns_mean).square())
+    unexplained = mean((td_errors - td_error).square()) / returns_variance
+    return {
+        "td_error": td_error,
+        "kl": mean(logprobs - ref_logprobs),
+        "explained_variance": torch.where(returns_variance > 0, 1 - unexplained, 0),
+        "value_error": mean((values - returns).square()),
+        "values": mean(values),
+        "returns": returns_mean,
+    }
+
+
+def _count_tensor(num_tokens: float | Tensor | None, device: torch.device) -> Tensor | None:
+    if num_tokens is None or isinstance(num_tokens, Tensor):
+        return num_tokens
+    return torch.full((), num_tokens, dtype=torch.float64, device=device)
+
+
+# klq_loss: elementwise; its gradients are made in the forward pass and scaled in the backward pass.
+
+
+@torch.library.custom_op("klq_fast::klq_loss", mutates_args=())
+def _klq_loss(
+    logprobs: Tensor,
+    values: Tensor,
+    ref_logprobs: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    num_tokens: Tensor | None,
+    tau: float,
+    policy_weight: float,
+    value_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, log π with 0 in the invalid slots, and the gradients of the loss for log π and V."""
+    dtype = compute_dtype(logprobs, ref_logprobs, values, returns)
+    valid_logprobs, ref_logprobs, values, returns = (
+        each.to(dtype) if mask is None else torch.where(mask, each, 0).to(dtype)
+        for each in (logprobs, ref_logprobs, values, returns)
+    )
+    residuals = _residuals(valid_logprobs, ref_logprobs, values, returns, tau)
+    inverse_count = _inverse_count(num_tokens, mask, residuals.numel(), residuals)
+    return (
+        _loss(residuals, inverse_count),
+        valid_logprobs.clone(memory_format=torch.contiguous_format),  # an output may not alias an argument
+        _loss_gradient(residuals, inverse_count, tau * policy_weight),
+        _loss_gradient(residuals, inverse_count, value_weight),
+    )
+
+
+@_klq_loss.register_fake
+def _(logprobs, values, ref_logprobs, returns, mask, num_tokens, tau, policy_weight, value_weight):
+    each = torch.empty(
+        logprobs.shape, dtype=compute_dtype(logprobs, ref_logprobs, values, returns), device=logprobs.device
+    )
+    return each.new_empty(()), each, torch.empty_like(each), torch.empty_like(each)
+
+
+def _klq_loss_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.save_for_backward(*output[2:])
+
+
+def _klq_loss_backward(ctx, grad: Tensor | None, *_):
+    refuse_double_backward("klq_loss")
+    if grad is None:
+        return (None,) * 9
+    gradients = ((grad * each).to(dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    return *gradients, *(None,) * 7
+
+
+_klq_loss.register_autograd(_klq_loss_backward, setup_context=_klq_loss_context)
+
+
+# linear_klq_loss: the head's gradients are made in the forward pass and handed over in the backward pass.
+
+
+@torch.library.custom_op("klq_fast::linear_klq_loss", mutates_args=())
+def _linear_klq_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    tokens: Tensor,
+    ref_logprobs: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    num_tokens: Tensor | None,
+    tau: float,
+    policy_weight: float,
+    value_weight: float,
+    temperature: float,
+    softcap: float | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, log π with 0 in the invalid slots, and the gradients of the loss for hidden, weight, bias and V."""
+    dtype = compute_dtype(hidden, weight)
+    rows = None if mask is None else mask.nonzero().squeeze(1)  # on CUDA the one host sync, and only with a mask
+    if rows is not None:
+        tokens, ref_logprobs, values, returns = (each[rows] for each in (tokens, ref_logprobs, values, returns))
+    check_tokens("tokens", tokens, weight.shape[0])
+    ref_logprobs, values, returns = ref_logprobs.to(dtype), values.to(dtype), returns.to(dtype)
+    inverse_count = _inverse_count(num_tokens, None, len(tokens), values)
+    residuals = torch.empty_like(values)
+
+    def row_gradient(logprobs: Tensor, chunk: slice) -> Tensor:
+        residuals[chunk] = _residuals(logprobs, ref_logprobs[chunk], values[chunk], returns[chunk], tau)
+        return _loss_gradient(residuals[chunk], inverse_count, tau * policy_weight)
+
+    logprobs, hidden_gradient, weight_gradient, bias_gradient = head_pass(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        temperature,
+        softcap,
+        rows=rows,
+        row_gradient=row_gradient,
+        hidden_grad=hidden_grad,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+    )
+    value_gradient = _loss_gradient(residuals, inverse_count, value_weight)
+    if rows is not None:
+        zeros = logprobs.new_zeros(len(hidden))
+        logprobs, value_gradient = (zeros.index_copy(0, rows, each) for each in (logprobs, value_gradient))
+    loss = _loss(residuals, inverse_count)
+    return loss, logprobs, hidden_gradient, weight_gradient, bias_gradient, value_gradient
+
+
+@_linear_klq_loss.register_fake
+def _(hidden, weight, bias, values, *rest):
+    hidden_grad, weight_grad, bias_grad = rest[-3:]
+    like = torch.empty(0, dtype=compute_dtype(hidden, weight), device=hidden.device)
+    return (
+        like.new_empty(()),
+        like.new_empty(len(hidden)),
+        like.new_empty(hidden.shape if hidden_grad else (0,)),
+        like.new_empty(weight.shape if weight_grad else (0,)),
+        like.new_empty(weight.shape[0] if bias_grad else 0),
+        like.new_empty(len(hidden)),
+    )
+
+
+def _linear_klq_loss_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no (V, D) zeros for the outputs that have no gradient
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:9])
+    ctx.numbers = inputs[9:]
+    # Not among the saved tensors: backward gives these buffers away, and a parameter takes a gradient without a copy
+    # only where nobody else holds it.
+    ctx.gradients = output[2:]
+
+
+def _linear_klq_loss_backward(ctx, grad: Tensor | None, *_):
+    refuse_double_backward("linear_klq_loss")
+    if grad is None:
+        return (None,) * 17
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:  # a second backward
+        gradients = _linear_klq_loss(*ctx.saved_tensors, *ctx.numbers)[2:]
+    results = []
+    for gradient, source, needed in zip(gradients, ctx.saved_tensors, ctx.needs_input_grad, strict=False):
+        results.append(_scaled_(gradient, grad).to(source.dtype) if needed else None)
+    return *results, *(None,) * 13
+
+
+def _scaled_(gradient: Tensor, grad: Tensor) -> Tensor:
+    """gradient · grad; in place, as nobody else holds gradient, except while a compiler traces."""
+    if type(grad) is not Tensor:
+        return gradient * grad
+    if grad.is_cuda or grad != 1:  # on CUDA, looking at grad would cost a host sync
+        gradient.mul_(grad)
+    return gradient
+
+
+_linear_klq_loss.register_autograd(_linear_klq_loss_backward, setup_context=_linear_klq_loss_context)

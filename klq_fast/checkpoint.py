@@ -1,0 +1,57 @@
+"""Checkpoints: written beside their place and renamed, so that a crash while writing never spoils the last good one."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from .models import Policy
+
+PREFIX = "batch-"
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def save_checkpoint(folder: Path, batches: int, policy: Policy, optimizer: Optimizer) -> None:
+    """Writes `folder`/batch-N, the state after N batches, and then removes the older ones."""
+    folder.mkdir(exist_ok=True)
+    partial = folder / f"partial-{batches}"
+    shutil.rmtree(partial, ignore_errors=True)
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    dcp.save({"policy": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, no_dist=True)
+    replace_folder(partial, folder / f"{PREFIX}{batches:06d}")
+    for older in _checkpoints(folder)[:-1]:
+        shutil.rmtree(older)
+
+
+def restore_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> int:
+    """Loads the newest checkpoint into policy and optimizer; returns the batches it has seen, 0 without a checkpoint."""
+    for leftover in folder.glob("partial-*"):
+        shutil.rmtree(leftover)
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"policy": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=found[-1], no_dist=True)
+    set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+    return int(found[-1].name.removeprefix(PREFIX))
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Renames a finished folder into place once its bytes are on disk; one already there makes way."""
+    for path in [*(p for p in partial.rglob("*") if p.is_file()), partial]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob(PREFIX + "*"))

@@ -1,0 +1,148 @@
+"""The settings of a run: one flat dataclass, so that a setting has one name in Python, YAML and on the command line."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import yaml
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work: the command line shows its message instead of a traceback."""
+
+
+Preset = Literal["demo", "imdb", "tldr", "hh", "custom"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """KL-regularised Q-learning for language models. The defaults are the paper's (arXiv 2508.17000, Table 2) where it
+    states them, and its family's public ones (TL;DR PPO) where it does not."""
+
+    preset: Annotated[Preset, tyro.conf.Positional] = "custom"
+    """Where the defaults come from; without one, the demo. custom: the paper's settings, and no models or prompts."""
+    config: Path | None = None
+    """A YAML file of these options, by their names; options on the command line win over it."""
+
+    # What is trained, on what, for what.
+    algorithm: Literal["klq", "ppo"] = "klq"
+    """KL-regularised Q-learning, or the paper's PPO baseline."""
+    policy: str | None = None
+    """The causal language model to train, which is also the reference: a folder or a hub name."""
+    reward_model: str | None = None
+    """A sequence-classification model that scores prompt + response: a folder or a hub name."""
+    reward: str | None = None
+    """Instead of a reward model, a Python function MODULE:FUNCTION from (prompts, responses) to a list of floats."""
+    dataset: str | None = None
+    """Prompts: a .jsonl file with a "prompt" or "messages" in every line, a folder with train.jsonl and test.jsonl, or
+    anything that the datasets library loads."""
+
+    # The run.
+    output_dir: Path | None = None
+    """The run's folder; by default a new one, runs/PRESET, runs/PRESET-2, …"""
+    resume: bool = False
+    """Go on with the run in --output-dir, by default the newest runs/PRESET."""
+    dry_run: bool = False
+    """Check the settings, say what would run, and stop."""
+    seed: int = 0
+    """Sampling and the order of prompts derive from the seed and the episode's index alone."""
+    threads: int | None = None
+    """CPU threads; by default torch's choice."""
+    eval_every: int = 20
+    """Batches between evaluations on held-out prompts; one before and one after training are always made."""
+    eval_prompts: int = 256
+    """Held-out prompts: the dataset's test split, or this many (at most a tenth) taken out of the prompts."""
+    checkpoint_every: int = 20
+    """Batches between checkpoints."""
+
+    # Rollouts.
+    episodes: int = 75_000
+    """Prompts answered in the whole run, rounded up to whole batches."""
+    batch_size: int = 192
+    """Rollouts per batch, over all devices."""
+    prompt_length: int = 512
+    """Tokens of the prompt at most; a longer one is cut at its last line breaks."""
+    response_length: int = 53
+    """Tokens of the response at most."""
+    temperature: float = 0.7
+    """Sampling temperature, and the temperature of every log-probability."""
+    missing_eos_penalty: float = 1.0
+    """ω: taken from the reward of a response that did not end by itself (Algorithm 2)."""
+
+    # The update.
+    minibatch_size: int | None = None
+    """Rollouts per optimizer step; by default the whole batch."""
+    epochs: int = 4
+    """Passes over each batch."""
+    learning_rate: float = 1.41e-5
+    """Adam's, falling linearly to 0 over the run."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    microbatch_tokens: int = 16_384
+    """Tokens, padding included, in one forward pass: it bounds memory and does not change the result."""
+    tau: float = 0.05
+    """τ: strength of the KL penalty."""
+    lam: float = 0.95
+    """λ of the λ-returns (KLQ) and of GAE (PPO)."""
+    gamma: float = 1.0
+    """γ: discount."""
+    alpha: float = 1.0
+    """α: conservativeness of the λ-returns, Eq. 7 (KLQ)."""
+    policy_weight: float = 1.0
+    """Multiplies the loss's gradient to the log-probabilities (KLQ)."""
+    value_weight: float = 1.0
+    """Multiplies the loss's gradient to the values (KLQ)."""
+    clip: float = 0.2
+    """ε: range of the probability ratio (PPO)."""
+    value_clip: float = 0.2
+    """η: range of the change in values (PPO)."""
+    value_coef: float = 0.1
+    """ζ: weight of the value loss (PPO)."""
+    whiten: bool = True
+    """Advantages of a batch are shifted and scaled to mean 0 and standard deviation 1 (PPO)."""
+
+    @property
+    def num_batches(self) -> int:
+        return math.ceil(self.episodes / self.batch_size)
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{_option(name)}: got {getattr(self, name)}, expected more than 0")
+        for name in ("missing_eos_penalty", "policy_weight", "value_weight", "value_coef", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{_option(name)}: got {getattr(self, name)}, expected at least 0")
+        for name in ("lam", "gamma", "alpha"):
+            low_allowed = name != "alpha"
+            value = getattr(self, name)
+            if not (0 <= value <= 1) or (value == 0 and not low_allowed):
+                raise InputError(f"{_option(name)}: got {value}, expected {'[' if low_allowed else '('}0, 1]")
+        if self.minibatch_size is not None and not 0 < self.minibatch_size <= self.batch_size:
+            raise InputError(
+                f"--minibatch-size: got {self.minibatch_size}, expected 1 to --batch-size {self.batch_size}"
+            )
+        if self.reward and self.reward_model:
+            raise InputError(f"--reward {self.reward}: got --reward-model {self.reward_model} too, expected one of them")
+
+    def to_yaml(self) -> str:
+        """The run's settings, without those of one invocation."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in INVOCATION}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Config":
+        return cls(**yaml.safe_load(text))
+
+
+INVOCATION = ("config", "output_dir", "resume", "dry_run")
+_POSITIVE = tuple(
+    "episodes batch_size epochs prompt_length response_length temperature learning_rate max_grad_norm "
+    "microbatch_tokens tau clip value_clip eval_every eval_prompts checkpoint_every".split()
+)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

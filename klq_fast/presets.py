@@ -1,0 +1,141 @@
+"""Where a run's settings start: the paper's tasks (Tables 1 and 2), the demo, and the command line on top."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tyro
+import yaml
+
+from .config import INVOCATION, Config, InputError
+
+
+def custom() -> Config:
+    return Config()
+
+
+def demo() -> Config:
+    """Docstring sentences for function signatures of the Python standard library, on a CPU in three minutes."""
+    return Config(
+        preset="demo",
+        episodes=2560,
+        batch_size=64,
+        prompt_length=64,
+        response_length=32,
+        temperature=1.0,
+        learning_rate=1e-3,
+        eval_every=10,
+        eval_prompts=128,
+        checkpoint_every=10,
+        microbatch_tokens=8192,
+        threads=1,  # as fast as two at this size, and a second busy process then takes no time from it
+    )
+
+
+def imdb() -> Config:
+    return Config(
+        preset="imdb",
+        policy="meta-llama/Llama-3.2-1B",
+        reward_model="lvwerra/distilbert-imdb",
+        dataset="stanfordnlp/imdb",
+    )
+
+
+def tldr() -> Config:
+    return Config(
+        preset="tldr",
+        policy="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
+        reward_model="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr",
+        dataset="trl-lib/tldr",
+    )
+
+
+def hh() -> Config:
+    return Config(
+        preset="hh",
+        policy="yongzx/pythia-1b-sft-hh",
+        reward_model="ray2333/gpt2-large-helpful-reward_model",
+        dataset="Anthropic/hh-rlhf",
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (demo, imdb, tldr, hh, custom)}
+
+
+def parse_command_line(args: Sequence[str]) -> Config:
+    """The preset, then --config's file, then the options; with --resume the run's own settings stand in for the preset.
+
+    Raises:
+        InputError: a setting that cannot be, or with --resume one that differs from the run's.
+    """
+    named = bool(args) and not args[0].startswith("-")
+    preset, options = (args[0], list(args[1:])) if named else ("demo", list(args))
+    default = PRESETS.get(preset, demo)()
+    config = _parse([preset, *options], default)
+    if config.config:
+        options = [*_options_of(config.config), *options]
+        config = _parse([preset, *options], default)
+    output_dir = config.output_dir or _default_output_dir(config)
+    settings = output_dir / "config.yaml"
+    if config.resume and settings.is_file():
+        saved = Config.from_yaml(settings.read_text())
+        config = _parse([preset if named else saved.preset, *options], saved)
+        for field in dataclasses.fields(Config):
+            given, before = getattr(config, field.name), getattr(saved, field.name)
+            if given != before and field.name not in INVOCATION:
+                raise InputError(
+                    f"{field.name}: got {given}, but the run in {output_dir} has {before}: a resumed run keeps its "
+                    "settings; leave the option out, or start another run in another --output-dir"
+                )
+    return dataclasses.replace(config, output_dir=output_dir)
+
+
+def with_demo_models(config: Config) -> Config:
+    """The demo brings its own policy, reward model and prompts, made on first use; what the user names stays."""
+    if config.preset != "demo":
+        return config
+    from .demo.prepare import prepare
+
+    paths = prepare()
+    return dataclasses.replace(
+        config,
+        policy=config.policy or str(paths.policy),
+        reward_model=config.reward_model or (None if config.reward else str(paths.reward_model)),
+        dataset=config.dataset or str(paths.prompts),
+    )
+
+
+def _parse(args: Sequence[str], default: Config) -> Config:
+    return tyro.cli(
+        Config,
+        args=args,
+        default=default,
+        prog="python -m klq_fast.train [demo|imdb|tldr|hh|custom]",
+    )
+
+
+def _options_of(file: Path) -> list[str]:
+    """A YAML file as command-line options, so that both are checked by the same parser."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {file}: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {file}: got {type(values).__name__}, expected lines of NAME: VALUE")
+    options: list[str] = []
+    for name, value in values.items():
+        if name != "preset":  # so that a run's own config.yaml serves too
+            flag = str(name).replace("_", "-")
+            options += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return options
+
+
+def _default_output_dir(config: Config) -> Path:
+    """A new folder, or with --resume the newest."""
+    base = Path("runs") / config.preset
+    newest, number = None, 1
+    path = base
+    while path.exists():
+        newest, number = path, number + 1
+        path = base.with_name(f"{base.name}-{number}")
+    return newest if config.resume and newest else path

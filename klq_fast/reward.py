@@ -1,0 +1,109 @@
+"""Scores of responses: from a reward model, which may have a tokenizer of its own, or from a Python function."""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import InputError
+from .data import Prompt
+from .models import compute_dtype, load_reward_model, load_tokenizer, max_positions
+
+# (prompts, responses, ended) -> a score each, float32 on the CPU
+Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], Tensor]
+
+
+def load_reward(reward: str | None, reward_model: str | None, device: torch.device) -> Reward:
+    if reward:
+        return reward_from_function(reward)
+    if reward_model:
+        return reward_from_model(
+            load_reward_model(reward_model, device), load_tokenizer("reward_model", reward_model), max_tokens=16_384
+        )
+    raise InputError("reward_model: got neither --reward-model nor --reward, expected one of them")
+
+
+def reward_from_function(name: str) -> Reward:
+    """`MODULE:FUNCTION`, a function from (prompts, responses), two lists of texts, to a list of floats.
+
+    Raises:
+        InputError: no such module or function; later, a call that raises, or whose result is not a number for each.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"--reward {name}: {error}, expected MODULE:FUNCTION") from None
+    if not callable(function):
+        raise InputError(f"--reward {name}: got a {type(function).__name__}, expected a function")
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        example = f"(its first prompt: {prompts[0].text[:200]!r}, response: {responses[0][:200]!r})"
+        try:
+            scores = list(function([p.text for p in prompts], list(responses)))
+        except Exception as error:
+            raise InputError(f"--reward {name}: it raised {type(error).__name__}: {error} {example}") from error
+        if len(scores) != len(prompts):
+            raise InputError(f"--reward {name}: got {len(scores)} scores, expected {len(prompts)} {example}")
+        for prompt, response, value in zip(prompts, responses, scores, strict=True):
+            try:
+                finite = math.isfinite(value)
+            except TypeError:
+                finite = False
+            if not finite:
+                raise InputError(
+                    f"--reward {name}: got {value!r}, expected a finite number, for the prompt {prompt.text[:200]!r} "
+                    f"and the response {response[:200]!r}"
+                )
+        return torch.tensor([float(value) for value in scores])
+
+    return score
+
+
+def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Reward:
+    """Scores prompt + response as the reward model's own tokenizer reads them.
+
+    A chat goes through the reward model's own template where it has one. Where the tokenizer has an end-of-sequence
+    token it is added to a response that ended. A text longer than the model's positions loses its beginning.
+    """
+    labels = model.config.num_labels
+    if labels > 2:
+        raise InputError(f"reward_model: got {labels} labels, expected 1 (a score) or 2 (the second one is good)")
+    longest = min(tokenizer.model_max_length, max_positions(model) or tokenizer.model_max_length)
+    tokenizer.truncation_side = "left"  # the response is at the end
+
+    def tokens_of(prompt: Prompt, response: str, ended: bool) -> list[int]:
+        if prompt.messages is not None and tokenizer.chat_template is not None:
+            chat = [*prompt.messages, {"role": "assistant", "content": response}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            return tokenizer(text, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+        tokens = tokenizer(prompt.text + response, truncation=True, max_length=longest - 1)["input_ids"]
+        if ended and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+            tokens = [*tokens, tokenizer.eos_token_id]
+        return tokens
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        rows = [tokens_of(*row) for row in zip(prompts, responses, ended, strict=True)]
+        scores = torch.zeros(len(rows))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        while order:
+            # The longest left decide how many fit; they are alike in length, so little of it is padding.
+            count = max(1, max_tokens // len(rows[order[-1]]))
+            chosen, order = order[-count:], order[:-count]
+            width = len(rows[chosen[-1]])
+            # Causal classifiers find a row's end by the pad token's id: pad with one that no row ends with.
+            pad = min(set(range(count + 1)) - {rows[i][-1] for i in chosen})
+            model.config.get_text_config().pad_token_id = pad
+            tokens = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chosen], device=model.device)
+            lengths = torch.tensor([len(rows[i]) for i in chosen], device=model.device)
+            mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
+            with compute_dtype(model.device):
+                logits = model(input_ids=tokens, attention_mask=mask).logits
+            scores[chosen] = logits[:, -1].float().cpu()
+        return scores
+
+    return score

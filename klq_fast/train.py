@@ -1,0 +1,201 @@
+"""The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import distributed, plots
+from .batch import Rollout
+from .checkpoint import restore_checkpoint, save_checkpoint
+from .config import Config, InputError
+from .data import Prompts, load_prompts
+from .evaluate import evaluate
+from .klq import KLQ
+from .metrics import Record, Reporter, append_line, keep_lines, read_lines, write_text
+from .models import Policy, load_policy, load_reference, load_tokenizer, max_positions
+from .ppo import PPO
+from .presets import parse_command_line, with_demo_models
+from .reward import load_reward
+from .rollout import TRAIN_STREAM, Generator, with_logprobs
+from .run import StopRequest, export, open_run, resume_command, write_samples
+
+
+class Algorithm(Protocol):
+    """What the loop asks of an algorithm; klq.py and ppo.py provide it."""
+
+    def targets(self, rollout: Rollout) -> Rollout: ...
+
+    def loss(
+        self, batch: Rollout, hidden: Tensor, head: nn.Linear, values: Tensor, num_tokens: Tensor, softcap: float | None
+    ) -> "LossOutput": ...
+
+
+class LossOutput(Protocol):
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def metrics(self) -> dict[str, Tensor]: ...
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    try:
+        config = parse_command_line(sys.argv[1:] if args is None else args)
+        train(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(config: Config) -> None:
+    state = distributed.start(config.threads)
+    run = open_run(config)
+    config = with_demo_models(config)
+    for name in ("policy", "dataset"):
+        if getattr(config, name) is None:
+            raise InputError(f"--{name} is missing: the preset {config.preset} does not name one")
+    assert config.policy and config.dataset
+
+    tokenizer = load_tokenizer("policy", config.policy)
+    prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
+    reward = load_reward(config.reward, config.reward_model, state.device)
+    policy = load_policy(config.policy, config.temperature, config.seed, state.device)
+    reference = load_reference(config.policy, config.temperature, state.device)
+    check_lengths(prompts, policy, config.response_length)
+    generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
+    algorithm: Algorithm = {"klq": KLQ, "ppo": PPO}[config.algorithm].from_config(config)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
+    if config.dry_run:
+        return describe(config, prompts, policy)
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "config.yaml", config.to_yaml())
+    done = restore_checkpoint(run / "checkpoints", policy, optimizer)
+    keep_lines(run / "metrics.jsonl", lambda record: record["batch"] <= done)
+    keep_lines(run / "eval.jsonl", lambda record: 0 < done and record["episodes"] <= done * config.batch_size)
+
+    def evaluate_policy(batches: int) -> None:
+        record, samples = evaluate(
+            generator,
+            reference,
+            prompts.heldout,
+            batch_size=config.batch_size,
+            tau=config.tau,
+            max_tokens=config.microbatch_tokens,
+        )
+        record = {"batch": batches, "episodes": batches * config.batch_size, **record}
+        write_samples(run / "samples.jsonl", samples, first=batches == 0)
+        append_line(run / "eval.jsonl", record)
+        plots.draw(run)
+        reporter.evaluation(record)
+
+    with Reporter(config.num_batches, done) as reporter, StopRequest(reporter.say) as stop:
+        reporter.say(
+            f"{config.algorithm.upper()} on {state.device}: {len(prompts.train)} prompts, {len(prompts.heldout)} held "
+            f"out, {prompts.truncated} cut to {config.prompt_length} tokens; {config.num_batches} batches of "
+            f"{config.batch_size}; run folder {run}" + (f"; going on after batch {done}" if done else "")
+        )
+        if done == 0:
+            evaluate_policy(0)
+        for batch in range(done, config.num_batches):
+            started = time.monotonic()
+            episodes = range(batch * config.batch_size, (batch + 1) * config.batch_size)
+            batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
+            rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
+            scores, _ = generator.score(batch_prompts, rollout)
+            rollout = generator.rewarded(rollout, scores)
+            rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
+            rollout = algorithm.targets(rollout)
+            losses = update(policy, optimizer, algorithm, rollout, config, batch)
+            record = {"batch": batch + 1, "episodes": episodes.stop}
+            # The rollout's KL, of whole sequences before the update, stands for the loss's, of tokens during it.
+            record |= losses | rollout_metrics(rollout, scores, config.tau) | {"seconds": time.monotonic() - started}
+            append_line(run / "metrics.jsonl", record)
+            reporter.batch(record)
+
+            last = batch + 1 == config.num_batches
+            if last or (batch + 1) % config.eval_every == 0:
+                evaluate_policy(batch + 1)
+            if last or stop.requested or (batch + 1) % config.checkpoint_every == 0:
+                save_checkpoint(run / "checkpoints", batch + 1, policy, optimizer)
+            if stop.requested and not last:
+                reporter.say(f"stopped after batch {batch + 1}; go on with: {resume_command(config)}")
+                raise SystemExit(128 + stop.requested)
+
+        export(run, policy, tokenizer)
+        reporter.samples(read_lines(run / "samples.jsonl"))
+        reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, algorithm: Algorithm, rollout: Rollout, config: Config, batch: int
+) -> Record:
+    """Epochs × minibatches × microbatches over one batch of rollouts; the minibatch is the optimizer's step."""
+    size = config.minibatch_size or config.batch_size
+    steps_per_epoch = -(-len(rollout) // size)
+    total_steps = config.num_batches * config.epochs * steps_per_epoch
+    step = batch * config.epochs * steps_per_epoch
+    sums: dict[str, Tensor] = {}
+    for epoch in range(config.epochs):
+        order = torch.from_numpy(np.random.default_rng([config.seed, batch, epoch]).permutation(len(rollout)))
+        for rows in order.to(rollout.prompt_tokens.device).split(size):
+            minibatch = rollout.rows(rows)
+            num_tokens = distributed.all_sum(minibatch.num_tokens)
+            for microbatch_rows in minibatch.microbatches(config.microbatch_tokens):
+                microbatch = minibatch.rows(microbatch_rows)
+                output = policy(microbatch, algorithm.loss, num_tokens)
+                output.loss.backward()
+                share = microbatch.num_tokens / num_tokens
+                for name, value in {"loss": output.loss.detach() / share, **output.metrics}.items():
+                    sums[name] = sums.get(name, 0) + value * share
+            sums["grad_norm"] = sums.get("grad_norm", 0) + nn.utils.clip_grad_norm_(
+                policy.parameters(), config.max_grad_norm
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - step / total_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    steps = config.epochs * steps_per_epoch
+    return {name: float(value) / steps for name, value in sums.items()} | {"learning_rate": group["lr"]}
+
+
+def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
+    """Means over the batch's sequences; kl is Σ log π_old/π_b over a sequence, rlhf_reward Eq. 3."""
+    score, kl = float(scores.mean()), float(rollout.log_ratio.sum(1).mean())
+    return {
+        "score": score,
+        "rlhf_reward": score - tau * kl,
+        "kl": kl,
+        "response_length": float(rollout.response_lengths.float().mean()),
+        "no_eos": float((~rollout.ended).float().mean()),
+    }
+
+
+def check_lengths(prompts: Prompts, policy: Policy, response_length: int) -> None:
+    longest = max(len(prompt.tokens) for prompt in [*prompts.train, *prompts.heldout])
+    positions = max_positions(policy.model)
+    if positions is not None and longest + response_length > positions:
+        raise InputError(
+            f"policy: it has {positions} positions, fewer than the longest prompt's {longest} tokens + "
+            f"--response-length {response_length}; lower --prompt-length or --response-length"
+        )
+
+
+def describe(config: Config, prompts: Prompts, policy: Policy) -> None:
+    """--dry-run's answer."""
+    print(config.to_yaml(), end="")
+    print(
+        f"# {sum(p.numel() for p in policy.parameters()):,} trained parameters, {len(prompts.train)} prompts, "
+        f"{len(prompts.heldout)} held out, {prompts.truncated} cut to {config.prompt_length} tokens, "
+        f"{config.num_batches} batches; nothing was written"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Whole runs of `python -m klq_fast.train` on tiny models: what they leave, that they learn, stop and go on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from klq_fast.metrics import read_lines
+from klq_fast.train import main
+
+REWARDS = '''
+def letter_a(prompts, responses):
+    """Learnable: the share of the response that is the letter a."""
+    return [10 * response.count("a") / (len(response) + 1) for response in responses]
+
+
+def nan_later(prompts, responses):
+    return [float("nan") if "prompt 7" in prompt else 0.0 for prompt in prompts]
+'''
+
+SMALL = "--batch-size 16 --response-length 8 --learning-rate 1e-2 --eval-every 3 --checkpoint-every 2 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts as text and as chats, a module of rewards, and the model folders."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.write_jsonl(folder / "prompts.jsonl", ({"prompt": f"prompt {i}:"} for i in range(40)))
+    chats = ({"messages": [{"role": "user", "content": f"question {i}?"}]} for i in range(40))
+    tiny.write_jsonl(folder / "chats.jsonl", chats)
+    (folder / "tiny_rewards.py").write_text(REWARDS)
+    for make in (tiny.neox, tiny.llama, tiny.gpt2, tiny.neox_reward, tiny.gpt2_reward, tiny.distilbert_reward):
+        make(folder / make.__name__)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def arguments(folder: Path, run: Path, *more: str, policy: str = "neox", dataset: str = "prompts.jsonl") -> list[str]:
+    reward = [] if {"--reward", "--reward-model"} & set(more) else ["--reward", "tiny_rewards:letter_a"]
+    named = ["--policy", str(folder / policy), "--dataset", str(folder / dataset), "--output-dir", str(run)]
+    return ["custom", *named, *reward, *SMALL, *more]
+
+
+def start(args: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "klq_fast.train", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def figures(run: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or eval.jsonl without the one figure that a clock decides."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in tiny.read_jsonl(run / f"{name}.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 batches."""
+    run = tmp_path_factory.mktemp("run") / "finished"
+    with start_environment(folder):
+        process = start(arguments(folder, run, "--episodes", "192"))
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return run
+
+
+class start_environment:
+    """PYTHONPATH for a fixture that outlives one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(self.folder)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = self.before
+
+
+def test_a_run_leaves_its_folder(finished: Path) -> None:
+    metrics, evaluations = figures(finished, "metrics"), figures(finished, "eval")
+    assert [record["batch"] for record in metrics] == list(range(1, 13))
+    assert [record["episodes"] for record in evaluations] == [0, 48, 96, 144, 192]
+    for record in metrics + evaluations:
+        assert record["rlhf_reward"] == pytest.approx(record["score"] - 0.05 * record["kl"], abs=1e-6)
+        assert {"episodes", "score", "kl", "response_length", "no_eos"} <= record.keys()
+    assert {"loss", "learning_rate", "grad_norm"} <= metrics[0].keys()
+    assert metrics[0]["kl"] == evaluations[0]["kl"] == 0.0  # the policy is its reference, bit for bit
+    assert metrics[-1]["learning_rate"] == pytest.approx(1e-2 / 48)  # the last of 48 steps of a fall to 0
+    samples = tiny.read_jsonl(finished / "samples.jsonl")
+    assert len(samples) == 4
+    assert samples[0].keys() == {"prompt", "response_before", "response_after", "score_before", "score_after"}
+    plots = {path.name for path in (finished / "plots").iterdir()}
+    assert plots == {f"{p}.png" for p in ("score", "rlhf_reward", "kl", "loss", "response_length", "reward_vs_kl")}
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["batch-000012"]
+    assert "tau: 0.05" in (finished / "config.yaml").read_text()
+
+
+def test_the_policy_folder_is_the_trained_policy(finished: Path, folder: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(finished / "policy")
+    before = AutoModelForCausalLM.from_pretrained(folder / "neox")
+    assert AutoTokenizer.from_pretrained(finished / "policy")("abc")["input_ids"] == [67, 68, 69]
+    head = load_file(finished / "policy" / "value_head.safetensors")
+    assert {name: tuple(t.shape) for name, t in head.items()} == {"weight": (1, 32), "bias": (1,)}
+    changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters(), strict=True)]
+    assert all(changed)
+
+
+@pytest.mark.parametrize("algorithm", ["klq", "ppo"])
+def test_it_learns(folder: Path, tmp_path: Path, algorithm: str) -> None:
+    main(arguments(folder, tmp_path / "run", "--episodes", "480", "--algorithm", algorithm))
+    evaluations = tiny.read_jsonl(tmp_path / "run" / "eval.jsonl")
+    # A random policy writes about 1 a in 270 tokens; five of ten tokens leave no doubt.
+    assert evaluations[0]["score"] < 1 and evaluations[-1]["score"] > 5
+
+
+@pytest.mark.parametrize(
+    ("policy", "dataset", "more"),
+    [
+        ("llama", "chats.jsonl", []),
+        ("gpt2", "prompts.jsonl", ["--minibatch-size", "6"]),
+        ("neox", "prompts.jsonl", ["--reward-model", "neox_reward"]),
+        ("neox", "prompts.jsonl", ["--reward-model", "gpt2_reward"]),
+        ("llama", "chats.jsonl", ["--reward-model", "distilbert_reward", "--algorithm", "ppo"]),
+    ],
+)
+def test_custom_takes_models_of_any_family(
+    folder: Path, tmp_path: Path, policy: str, dataset: str, more: list[str]
+) -> None:
+    more = [str(folder / word) if word.endswith("_reward") else word for word in more]
+    run = tmp_path / "run"
+    main(arguments(folder, run, "--episodes", "48", *more, policy=policy, dataset=dataset))
+    metrics = tiny.read_jsonl(run / "metrics.jsonl")
+    assert metrics[0]["kl"] == 0.0 and metrics[-1]["kl"] != 0.0
+    reloaded = AutoModelForCausalLM.from_pretrained(run / "policy")
+    if policy == "llama":
+        assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def test_microbatches_do_not_change_the_result(folder: Path, tmp_path: Path) -> None:
+    for name, tokens in (("one", "100000"), ("many", "40")):
+        main(arguments(folder, tmp_path / name, "--episodes", "32", "--microbatch-tokens", tokens))
+    one, many = figures(tmp_path / "one", "metrics"), figures(tmp_path / "many", "metrics")
+    for a, b in zip(one, many, strict=True):
+        for name in ("loss", "grad_norm", "kl", "td_error"):
+            # fp32 sums in another order; Adam's first steps divide by gradients near 0, hence not 1e-6
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("batches", [0, 3, 8])
+def test_kill_and_resume_repeats_the_run(folder: Path, tmp_path: Path, finished: Path, batches: int) -> None:
+    """Killed before the first checkpoint, between two, and late; the half line of a killed write is dropped."""
+    run = tmp_path / "run"
+    process = start(arguments(folder, run, "--episodes", "192"))
+    wanted = run / ("metrics.jsonl" if batches else "config.yaml")
+    wait_for(lambda: wanted.is_file() and (not batches or len(read_lines(wanted)) >= batches), process)
+    process.kill()
+    process.communicate()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"batch": 99, "episo')
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / "partial-99").mkdir()  # as a crash while writing leaves it
+    main(arguments(folder, run, "--episodes", "192", "--resume"))
+    assert figures(run, "metrics") == figures(finished, "metrics")
+    assert figures(run, "eval") == figures(finished, "eval")
+    assert tiny.read_jsonl(run / "samples.jsonl") == tiny.read_jsonl(finished / "samples.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path, finished: Path, number: int) -> None:
+    run = tmp_path / "run"
+    process = start(arguments(folder, run, "--episodes", "192"))
+    wait_for(lambda: len(read_lines(run / "metrics.jsonl")) >= 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    done = len(read_lines(run / "metrics.jsonl"))
+    assert f"stopped after batch {done}" in output and f"--output-dir {run} --resume" in output
+    assert (run / "checkpoints" / f"batch-{done:06d}").is_dir()
+    main(["--resume", "--output-dir", str(run)])  # the run's own settings stand in for all that is not said
+    assert figures(run, "metrics") == figures(finished, "metrics")
+
+
+def test_a_finished_run_resumed_does_nothing(
+    folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, finished, "--episodes", "192", "--resume"))
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_another_run_is_not_overwritten(folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds another run" in refused(arguments(folder, finished), capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--policy", "/no/such/folder"], ["policy", "/no/such/folder"]),
+        (["--dataset", "/no/such.jsonl"], ["dataset", "/no/such.jsonl"]),
+        (["--reward", "no_such_module:f"], ["--reward", "no_such_module"]),
+        (["--reward", "tiny_rewards:nan_later"], ["nan", "prompt 7"]),
+        (["--response-length", "200"], ["positions", "--response-length 200"]),
+    ],
+)
+def test_bad_input_is_refused_before_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: list[str]
+) -> None:
+    error = refused(arguments(folder, tmp_path / "run", *more), capsys)
+    assert error.startswith("error: ") and all(word in error for word in words)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(folder, tmp_path / "run", "--dry-run"))
+    assert "36 prompts, 4 held out" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for(condition: "Any", process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_metrics_are_json(finished: Path) -> None:
+    for name in ("metrics", "eval", "samples"):
+        for line in (finished / f"{name}.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
