@@ -16,11 +16,11 @@ if not (Path(__file__).parent / "kernels").is_dir():
     _spec.submodule_search_locations = [str(Path(__file__).parents[1] / "kernels")]
     sys.modules["klq_fast.kernels"] = module_from_spec(_spec)
 
-from .kernels.klq_loss.op import KLQLoss, KLQLossOutput, LinearKLQLoss, klq_loss, linear_klq_loss  # noqa: E402
-from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns  # noqa: E402
-from .kernels.linear_logprob.op import linear_log_ratio, linear_logprobs  # noqa: E402
-from .kernels.log_ratio.op import log_ratio, logprobs  # noqa: E402
-from .ppo import PPOLossOutput, ppo_loss  # noqa: E402
+from .kernels.klq_loss.op import KLQLoss, KLQLossOutput, LinearKLQLoss, klq_loss, linear_klq_loss
+from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns
+from .kernels.linear_logprob.op import linear_log_ratio, linear_logprobs
+from .kernels.log_ratio.op import log_ratio, logprobs
+from .ppo import PPOLossOutput, ppo_loss
 
 __all__ = [
     "KLQLoss",

@@ -1,9 +1,12 @@
 """A batch of rollouts: named tensors with shapes. Lengths are carried, never inferred from the ids of pad tokens."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_LATER: Any = None  # a later step of the batch's way fills it in
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,12 @@ class Rollout:
     response_tokens: Tensor  # (B, T) int64
     response_lengths: Tensor  # (B,) int64, the end-of-sequence token counted
     ended: Tensor  # (B,) bool: the response ends with an end-of-sequence token
-    logprobs: Tensor | None = None  # (B, T) log π_old, at the sampling temperature
-    ref_logprobs: Tensor | None = None  # (B, T) log π_b, likewise
-    values: Tensor | None = None  # (B, T) V_old(s_t)
-    rewards: Tensor | None = None  # (B,) paid on the last token: score − ω·1[not ended]
-    advantages: Tensor | None = None  # (B, T)
-    returns: Tensor | None = None  # (B, T) what the values (PPO) or action values (KLQ) are regressed on
+    logprobs: Tensor = _LATER  # (B, T) log π_old, at the sampling temperature
+    ref_logprobs: Tensor = _LATER  # (B, T) log π_b, likewise
+    values: Tensor = _LATER  # (B, T) V_old(s_t)
+    rewards: Tensor = _LATER  # (B,) paid on the last token: score − ω·1[not ended]
+    advantages: Tensor = _LATER  # (B, T)
+    returns: Tensor = _LATER  # (B, T) what the values (PPO) or action values (KLQ) are regressed on
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -40,11 +43,10 @@ class Rollout:
 
     @property
     def log_ratio(self) -> Tensor:  # (B, T) log π_old − log π_b
-        assert self.logprobs is not None and self.ref_logprobs is not None
         return self.logprobs - self.ref_logprobs
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """What a causal language model takes: prompt + response (B, P + T), mask, and positions counted from the mask."""
+        """What a causal language model takes: prompt + response (B, P + T), mask, and positions in the text."""
         prompt_columns = torch.arange(self.prompt_tokens.shape[1], device=self.prompt_tokens.device)
         prompt_mask = prompt_columns >= self.prompt_tokens.shape[1] - self.prompt_lengths[:, None]
         attention_mask = torch.cat([prompt_mask, self.mask], dim=1).long()
@@ -56,9 +58,8 @@ class Rollout:
 
     def rows(self, index: Tensor) -> "Rollout":
         """These rows, with the padding that they do not need cut off."""
-        taken = {
-            f.name: value[index] if (value := getattr(self, f.name)) is not None else None for f in fields(self)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {name: None if value is None else value[index] for name, value in values.items()}
         prompt_length = int(taken["prompt_lengths"].max())
         response_length = int(taken["response_lengths"].max())
         taken["prompt_tokens"] = taken["prompt_tokens"][:, -prompt_length:]

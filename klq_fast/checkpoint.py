@@ -29,16 +29,16 @@ def save_checkpoint(folder: Path, batches: int, policy: Policy, optimizer: Optim
 
 
 def restore_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> int:
-    """Loads the newest checkpoint into policy and optimizer; returns the batches it has seen, 0 without a checkpoint."""
+    """Loads the newest checkpoint into policy and optimizer; returns how many batches it has seen, or 0."""
     for leftover in folder.glob("partial-*"):
         shutil.rmtree(leftover)
     found = _checkpoints(folder)
     if not found:
         return 0
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"policy": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=found[-1], no_dist=True)
-    set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+    # Loads into these dictionaries in place.
+    dcp.load({"policy": model_state, "optimizer": optimizer_state}, checkpoint_id=found[-1], no_dist=True)
+    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     return int(found[-1].name.removeprefix(PREFIX))
 
 

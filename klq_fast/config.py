@@ -110,11 +110,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{_option(name)}: got {getattr(self, name)}, expected more than 0")
-        for name in ("missing_eos_penalty", "policy_weight", "value_weight", "value_coef", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{_option(name)}: got {getattr(self, name)}, expected at least 0")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"{_option(name)}: got {value}, expected more than 0, and finite")
+        if not self.max_grad_norm > 0:  # infinity turns it off
+            raise InputError(f"--max-grad-norm: got {self.max_grad_norm}, expected more than 0")
+        for name in ("missing_eos_penalty", "policy_weight", "value_weight", "value_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{_option(name)}: got {getattr(self, name)}, expected at least 0, and finite")
+        if not 0 <= self.seed < 2**64:  # it is half of Philox's key
+            raise InputError(f"--seed: got {self.seed}, expected 0 to 2**64 - 1")
         for name in ("lam", "gamma", "alpha"):
             low_allowed = name != "alpha"
             value = getattr(self, name)
@@ -125,7 +129,7 @@ class Config:
                 f"--minibatch-size: got {self.minibatch_size}, expected 1 to --batch-size {self.batch_size}"
             )
         if self.reward and self.reward_model:
-            raise InputError(f"--reward {self.reward}: got --reward-model {self.reward_model} too, expected one of them")
+            raise InputError(f"--reward {self.reward}: expected no --reward-model beside it, got {self.reward_model}")
 
     def to_yaml(self) -> str:
         """The run's settings, without those of one invocation."""
@@ -134,13 +138,20 @@ class Config:
 
     @classmethod
     def from_yaml(cls, text: str) -> "Config":
-        return cls(**yaml.safe_load(text))
+        """
+        Raises:
+            InputError: the text is not one that `to_yaml` of this version wrote.
+        """
+        try:
+            return cls(**yaml.safe_load(text))
+        except (yaml.YAMLError, TypeError) as error:
+            raise InputError(f"config.yaml: {error}") from None
 
 
 INVOCATION = ("config", "output_dir", "resume", "dry_run")
 _POSITIVE = tuple(
-    "episodes batch_size epochs prompt_length response_length temperature learning_rate max_grad_norm "
-    "microbatch_tokens tau clip value_clip eval_every eval_prompts checkpoint_every".split()
+    "episodes batch_size epochs prompt_length response_length temperature learning_rate microbatch_tokens tau clip "
+    "value_clip eval_every eval_prompts checkpoint_every threads".split()
 )
 
 

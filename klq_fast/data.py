@@ -1,13 +1,14 @@
 """Prompts: from a .jsonl file, a folder or the datasets library, to tokens, in an order that only the seed decides."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .config import InputError
@@ -45,7 +46,7 @@ def load_prompts(dataset: str, tokenizer: PreTrainedTokenizerBase, prompt_length
     """Reads and tokenizes a dataset. Its test split is held out, or a tenth of it (at most `eval_prompts`) without one.
 
     Raises:
-        InputError: no such dataset; a line that is no prompt, or an empty one; fewer than two prompts.
+        InputError: no such dataset; a line that is no prompt, or an empty one; fewer than two different prompts.
     """
     splits = _read(dataset)
     train, truncated = _tokenize(splits["train"], tokenizer, prompt_length)
@@ -57,9 +58,14 @@ def load_prompts(dataset: str, tokenizer: PreTrainedTokenizerBase, prompt_length
         order = np.random.default_rng(0).permutation(len(train))
         count = min(eval_prompts, max(1, len(train) // 10))
         heldout = [train[i] for i in order[:count]]
-        train = [train[i] for i in sorted(order[count:])]
+        # A prompt that stands in several lines is held out of all of them.
+        texts = {prompt.text for prompt in heldout}
+        train = [train[i] for i in sorted(order[count:]) if train[i].text not in texts]
     if not train or not heldout:
-        raise InputError(f"dataset {dataset}: got fewer than 2 prompts, expected some to train on and some to hold out")
+        raise InputError(
+            f"dataset {dataset}: got {len(train)} prompts to train on and {len(heldout)} to hold out, expected at "
+            "least 2 different prompts, or some in each split"
+        )
     return Prompts(train, heldout, truncated)
 
 
@@ -78,18 +84,23 @@ def _read(dataset: str) -> dict[str, list[Any]]:
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # At "\n" only: str.splitlines would also split at U+2028 and the like, which JSON allows inside a text.
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"dataset {path}: {error.strerror}, expected a .jsonl file") from None
+    kind = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"dataset {path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: {error}, expected JSON") from None
-        yield _checked(record, where)
+            record = _checked(json.loads(line), where)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: {error}, expected JSON in UTF-8") from None
+        (name,) = record.keys() & {"prompt", "messages"}
+        if name != (kind := kind or name):
+            raise InputError(f'{where}: got "{name}" after lines with "{kind}", expected one kind')
+        yield record
 
 
 def _read_with_datasets(dataset: str) -> dict[str, list[Any]]:
@@ -103,7 +114,7 @@ def _read_with_datasets(dataset: str) -> dict[str, list[Any]]:
     try:
         loaded = datasets.load_dataset(dataset)
     except Exception as error:  # the library raises a dozen kinds for a dataset that is not there
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"dataset {dataset}: could not be loaded: {reason}") from None
     names = {"train": ("train",), "test": ("validation", "test")}
     splits = {}
@@ -125,6 +136,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: prompt: got {type(record['prompt']).__name__}, expected text")
         if not record["prompt"].strip():
             raise InputError(f"{where}: prompt: got an empty text")
+        texts = [record["prompt"]]
     else:
         messages = record["messages"]
         good = isinstance(messages, list) and all(
@@ -137,7 +149,12 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
             raise InputError(
                 f'{where}: messages: expected a list of {{"role": …, "content": …}} with something to answer at its end'
             )
-        return {"messages": messages}
+        record = {"messages": messages}
+        texts = [m["content"] for m in messages]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape and no tokenizer reads
+        raise InputError(f"{where}: {error}") from None
     return record
 
 
@@ -146,8 +163,6 @@ def _tokenize(
 ) -> tuple[list[Prompt], int]:
     chats = [record.get("messages") for record in records]
     is_chat = bool(chats) and chats[0] is not None
-    if any((chat is not None) != is_chat for chat in chats):
-        raise InputError('dataset: some lines have a "prompt" and some "messages", expected one kind')
     texts = [render(chat, tokenizer) if chat else record["prompt"] for chat, record in zip(chats, records, strict=True)]
     # A chat template writes its own special tokens.
     encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"] if texts else []
@@ -166,28 +181,29 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat as the policy reads it, up to where the answer starts."""
     if tokenizer.chat_template is None:
         raise InputError("dataset: it holds chat messages, but the policy's tokenizer has no chat template")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:  # such as a template that knows no system role
+        raise InputError(f"dataset: the policy's chat template refuses {str(messages)[:200]}: {error}") from None
 
 
 def _truncate(
     text: str, tokenizer: PreTrainedTokenizerBase, limit: int, add_special_tokens: bool
 ) -> tuple[str, list[int]]:
     """Keeps the last line (TL;DR's cue for the answer) and drops lines before it from the end until the rest fits, as
-    the TL;DR task does with a post; of a single line too long, the last tokens are kept."""
-    split = re.match(r"(.*?)(\n+[^\n]*\n*)\Z", text, re.DOTALL)
-    body, cue = split.groups() if split else ("", text)
-    for end in _line_ends(body):
-        shorter = body[:end] + cue
-        tokens = tokenizer(shorter, add_special_tokens=add_special_tokens)["input_ids"]
-        if len(tokens) <= limit:
-            return shorter, tokens
-    tokens = tokenizer(cue, add_special_tokens=add_special_tokens)["input_ids"][-limit:]
-    return tokenizer.decode(tokens, skip_special_tokens=False), tokens
+    the TL;DR task does with a post; where one line is left before it, that line's end; of a single line, its start."""
 
+    def tokenize(shorter: str) -> list[int]:
+        return tokenizer(shorter, add_special_tokens=add_special_tokens)["input_ids"]
 
-def _line_ends(body: str) -> Iterable[int]:
-    """Where the body's lines end, from the last to the first."""
-    end = body.rfind("\n")
-    while end > 0:
-        yield end
-        end = body.rfind("\n", 0, end)
+    # A longer text has more tokens, so each cut is found by bisection: a prompt may have thousands of lines.
+    body = text[: text.rstrip("\n").rfind("\n") + 1].rstrip("\n")
+    cue = text[len(body) :]
+    line_ends = [i for i, character in enumerate(body) if character == "\n" and i > 0]
+    for ends in (line_ends, range(len(body))):
+        fitting = bisect_right(ends, limit, key=lambda end: len(tokenize(body[:end] + cue)))
+        if fitting and ends[fitting - 1] > 0:
+            shorter = body[: ends[fitting - 1]] + cue
+            return shorter, tokenize(shorter)
+    start = bisect_left(range(len(cue)), -limit, key=lambda start: -len(tokenize(cue[start:])))
+    return cue[start:], tokenize(cue[start:])

@@ -143,7 +143,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _load(auto: Any, option: str, name: str) -> PreTrainedModel:
+def _load(auto: Any, option: str, name: str) -> Any:
     _check_folder(option, name)
     try:
         return auto.from_pretrained(name, dtype=torch.float32)
@@ -169,7 +169,7 @@ def _not_loaded(option: str, name: str, what: str, error: Exception) -> InputErr
 def _check_head(policy: Policy) -> None:
     """The losses take a linear head, with softcap at most, on the trunk's output: refuse a model that does more."""
     model = policy.model
-    tokens = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
     head = model.get_output_embeddings()
     logits = head(model.base_model(input_ids=tokens).last_hidden_state)
     if policy.softcap is not None:

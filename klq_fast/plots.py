@@ -1,13 +1,14 @@
 """Figures of a run, drawn from its metrics.jsonl and eval.jsonl."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from .metrics import Record, read_lines  # noqa: E402
+from .metrics import Record, read_lines
 
 TITLES = {
     "score": "Score",
@@ -24,13 +25,13 @@ def draw(run: Path) -> None:
     folder.mkdir(exist_ok=True)
     training, heldout = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
     for name, title in TITLES.items():
-        figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6, 3.6))
         _curve(axes, training, name, label="training batches", color="tab:blue", alpha=0.35, linewidth=1)
         _curve(axes, _smoothed(training, name), name, label="their moving average", color="tab:blue")
         _curve(axes, heldout, name, label="held out", color="tab:orange", marker="o")
         axes.set(title=title, xlabel="episodes")
         _finish(figure, axes, folder / f"{name}.png")
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.6))
     if heldout:
         points = [(record["kl"], record["score"], record["episodes"]) for record in heldout]
         kls, scores, episodes = zip(*points, strict=True)
@@ -41,7 +42,7 @@ def draw(run: Path) -> None:
     _finish(figure, axes, folder / "reward_vs_kl.png")
 
 
-def _curve(axes: plt.Axes, records: list[Record], name: str, **style: object) -> None:
+def _curve(axes: plt.Axes, records: list[Record], name: str, **style: Any) -> None:
     points = [(r["episodes"], r[name]) for r in records if r.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
@@ -64,5 +65,6 @@ def _finish(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.14, top=0.91)
+    figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -79,7 +79,7 @@ def ppo_loss(
         metrics = {
             "policy_loss": policy_losses.sum() / count,
             "value_loss": value_losses.sum() / count,
-            "clip_fraction": (((ratio - 1).abs() > clip)).sum() / count,
+            "clip_fraction": ((ratio - 1).abs() > clip).sum() / count,
             "value_clip_fraction": ((values - old_values).abs() > value_clip).sum() / count,
             "approx_kl": (ratio - 1 - log_ratio).sum() / count,
         }

@@ -1,6 +1,7 @@
 """Where a run's settings start: the paper's tasks (Tables 1 and 2), the demo, and the command line on top."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,17 +70,17 @@ def parse_command_line(args: Sequence[str]) -> Config:
         InputError: a setting that cannot be, or with --resume one that differs from the run's.
     """
     named = bool(args) and not args[0].startswith("-")
-    preset, options = (args[0], list(args[1:])) if named else ("demo", list(args))
-    default = PRESETS.get(preset, demo)()
-    config = _parse([preset, *options], default)
+    preset, layers = (args[0], [list(args[1:])]) if named else (None, [list(args)])
+    config = _parse(preset, layers, None)
     if config.config:
-        options = [*_options_of(config.config), *options]
-        config = _parse([preset, *options], default)
+        file_preset, file_options = _read_config(config.config)
+        preset, layers = preset or file_preset, [file_options, *layers]
+        config = _parse(preset, layers, None)
     output_dir = config.output_dir or _default_output_dir(config)
     settings = output_dir / "config.yaml"
     if config.resume and settings.is_file():
-        saved = Config.from_yaml(settings.read_text())
-        config = _parse([preset if named else saved.preset, *options], saved)
+        saved = Config.from_yaml(settings.read_text(encoding="utf-8"))
+        config = _parse(preset or saved.preset, layers, saved)
         for field in dataclasses.fields(Config):
             given, before = getattr(config, field.name), getattr(saved, field.name)
             if given != before and field.name not in INVOCATION:
@@ -105,37 +106,49 @@ def with_demo_models(config: Config) -> Config:
     )
 
 
-def _parse(args: Sequence[str], default: Config) -> Config:
-    return tyro.cli(
-        Config,
-        args=args,
-        default=default,
-        prog="python -m klq_fast.train [demo|imdb|tldr|hh|custom]",
-    )
+def _parse(preset: str | None, layers: Sequence[Sequence[str]], config: Config | None) -> Config:
+    """`config`, by default the preset's, with each layer of options put over what is below it."""
+    preset = preset or "demo"
+    config = config or PRESETS.get(preset, demo)()
+    for options in layers:
+        # A run has one reward: the layer that names one takes away what is below.
+        names = {option.split("=")[0].replace("_", "-") for option in options}
+        if "--reward" in names and "--reward-model" not in names:
+            config = dataclasses.replace(config, reward_model=None)
+        if "--reward-model" in names and "--reward" not in names:
+            config = dataclasses.replace(config, reward=None)
+        config = tyro.cli(
+            Config, args=[preset, *options], default=config, prog="python -m klq_fast.train [demo|imdb|tldr|hh|custom]"
+        )
+    return config
 
 
-def _options_of(file: Path) -> list[str]:
-    """A YAML file as command-line options, so that both are checked by the same parser."""
+def _read_config(file: Path) -> tuple[str | None, list[str]]:
+    """A YAML file as its preset and command-line options, so that both are checked by the same parser."""
     try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config {file}: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: got {type(values).__name__}, expected lines of NAME: VALUE")
     options: list[str] = []
     for name, value in values.items():
-        if name != "preset":  # so that a run's own config.yaml serves too
-            flag = str(name).replace("_", "-")
-            options += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return options
+        if name == "config" or isinstance(value, list | dict):
+            raise InputError(f"--config {file}: {name}: got {value}, expected one option's value")
+        flag = str(name).replace("_", "-")
+        if name != "preset":
+            options.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    return str(values["preset"]) if "preset" in values else None, options
 
 
 def _default_output_dir(config: Config) -> Path:
     """A new folder, or with --resume the newest."""
-    base = Path("runs") / config.preset
-    newest, number = None, 1
-    path = base
-    while path.exists():
-        newest, number = path, number + 1
-        path = base.with_name(f"{base.name}-{number}")
-    return newest if config.resume and newest else path
+    numbers = {  # runs/demo is 1, runs/demo-2 is 2
+        int(match[1] or 1): path
+        for path in Path("runs").glob(f"{config.preset}*")
+        if (match := re.fullmatch(rf"{config.preset}(?:-(\d+))?", path.name))
+    }
+    newest = max(numbers, default=0)
+    if config.resume and newest:
+        return numbers[newest]
+    return Path("runs") / (f"{config.preset}-{newest + 1}" if newest else config.preset)

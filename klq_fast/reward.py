@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,23 +35,27 @@ def reward_from_function(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--reward {name}: {error}, expected MODULE:FUNCTION") from None
+    except Exception as error:  # whatever importing the user's module raises
+        raise InputError(f"--reward {name}: {type(error).__name__}: {error}, expected MODULE:FUNCTION") from error
     if not callable(function):
         raise InputError(f"--reward {name}: got a {type(function).__name__}, expected a function")
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]) -> Tensor:
         example = f"(its first prompt: {prompts[0].text[:200]!r}, response: {responses[0][:200]!r})"
         try:
-            scores = list(function([p.text for p in prompts], list(responses)))
+            result = function([p.text for p in prompts], list(responses))
+            is_list = isinstance(result, Iterable) and not isinstance(result, str | Mapping)
+            scores = list(result) if is_list else []
         except Exception as error:
             raise InputError(f"--reward {name}: it raised {type(error).__name__}: {error} {example}") from error
+        if not is_list:
+            raise InputError(f"--reward {name}: got {result!r:.200}, expected a list of floats {example}")
         if len(scores) != len(prompts):
             raise InputError(f"--reward {name}: got {len(scores)} scores, expected {len(prompts)} {example}")
         for prompt, response, value in zip(prompts, responses, scores, strict=True):
             try:
-                finite = math.isfinite(value)
-            except TypeError:
+                finite = math.isfinite(value) and abs(value) < 1e38  # near float32's largest number
+            except (TypeError, ValueError, OverflowError):  # no number, or a tensor of several, or an enormous int
                 finite = False
             if not finite:
                 raise InputError(
@@ -69,20 +73,25 @@ def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     A chat goes through the reward model's own template where it has one. Where the tokenizer has an end-of-sequence
     token it is added to a response that ended. A text longer than the model's positions loses its beginning.
     """
-    labels = model.config.num_labels
+    labels = model.config.num_labels or 1
     if labels > 2:
         raise InputError(f"reward_model: got {labels} labels, expected 1 (a score) or 2 (the second one is good)")
-    longest = min(tokenizer.model_max_length, max_positions(model) or tokenizer.model_max_length)
+    # Neither may know a limit: a tokenizer without one says 10**30, more than its own truncation takes.
+    longest = min(tokenizer.model_max_length, max_positions(model) or 2**31)
     tokenizer.truncation_side = "left"  # the response is at the end
+
+    def tokenize(text: str, limit: int) -> list[int]:
+        return tokenizer(text, truncation=True, max_length=limit)["input_ids"]
 
     def tokens_of(prompt: Prompt, response: str, ended: bool) -> list[int]:
         if prompt.messages is not None and tokenizer.chat_template is not None:
             chat = [*prompt.messages, {"role": "assistant", "content": response}]
             text = tokenizer.apply_chat_template(chat, tokenize=False)
             return tokenizer(text, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
-        tokens = tokenizer(prompt.text + response, truncation=True, max_length=longest - 1)["input_ids"]
-        if ended and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
-            tokens = [*tokens, tokenizer.eos_token_id]
+        text, end = prompt.text + response, tokenizer.eos_token_id
+        tokens = tokenize(text, longest)
+        if ended and end is not None and tokens[-1:] != [end]:
+            tokens = [*(tokens if len(tokens) < longest else tokenize(text, longest - 1)), end]
         return tokens
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ class Generator:
             uniforms(self.seed, stream, episodes, self.response_length).to(device), self.policy.temperature
         )
         with torch.no_grad(), compute_dtype(device):
-            sequences = self.policy.model.generate(
+            sequences = self.policy.model.generate(  # type: ignore[operator]
                 input_ids=prompt_tokens,
                 attention_mask=attention_mask,
                 # Greedy over what the sampler leaves, which is one token.
@@ -88,8 +88,17 @@ class Generator:
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as text, without special tokens."""
-        rows = zip(rollout.response_tokens.tolist(), rollout.response_lengths.tolist(), strict=True)
-        return self.tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)
+        kept = rollout.response_lengths - rollout.ended.long()  # without the token that ends it
+        responses = [row[:n] for row, n in zip(rollout.response_tokens.tolist(), kept.tolist(), strict=True)]
+        lengths = rollout.prompt_lengths.tolist()
+        prompts = [row[len(row) - n :] for row, n in zip(rollout.prompt_tokens.tolist(), lengths, strict=True)]
+        # Behind its prompt, because SentencePiece tokenizers drop the space at the beginning of what they decode.
+        before = self._decode(prompts)
+        after = self._decode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        return [whole[len(prompt) :] for prompt, whole in zip(before, after, strict=True)]
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[Tensor, list[str]]:
         """The reward's scores (B,), and the responses' texts."""

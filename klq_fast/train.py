@@ -1,8 +1,9 @@
 """The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom."""
 
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,9 @@ class LossOutput(Protocol):
     def metrics(self) -> dict[str, Tensor]: ...
 
 
+ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {"klq": KLQ.from_config, "ppo": PPO.from_config}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse_command_line(sys.argv[1:] if args is None else args)
@@ -50,6 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def train(config: Config) -> None:
@@ -68,7 +75,7 @@ def train(config: Config) -> None:
     reference = load_reference(config.policy, config.temperature, state.device)
     check_lengths(prompts, policy, config.response_length)
     generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
-    algorithm: Algorithm = {"klq": KLQ, "ppo": PPO}[config.algorithm].from_config(config)
+    algorithm = ALGORITHMS[config.algorithm](config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
     if config.dry_run:
         return describe(config, prompts, policy)
@@ -91,7 +98,6 @@ def train(config: Config) -> None:
         record = {"batch": batches, "episodes": batches * config.batch_size, **record}
         write_samples(run / "samples.jsonl", samples, first=batches == 0)
         append_line(run / "eval.jsonl", record)
-        plots.draw(run)
         reporter.evaluation(record)
 
     with Reporter(config.num_batches, done) as reporter, StopRequest(reporter.say) as stop:
@@ -107,7 +113,12 @@ def train(config: Config) -> None:
             episodes = range(batch * config.batch_size, (batch + 1) * config.batch_size)
             batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
             rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
-            scores, _ = generator.score(batch_prompts, rollout)
+            try:
+                scores, _ = generator.score(batch_prompts, rollout)
+            except InputError:  # a reward function may fail at any batch: what was learned until then is kept
+                save_checkpoint(run / "checkpoints", batch, policy, optimizer)
+                reporter.say(f"the reward failed in batch {batch + 1}; go on with: {resume_command(config)}")
+                raise
             rollout = generator.rewarded(rollout, scores)
             rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
             rollout = algorithm.targets(rollout)
@@ -123,6 +134,7 @@ def train(config: Config) -> None:
                 evaluate_policy(batch + 1)
             if last or stop.requested or (batch + 1) % config.checkpoint_every == 0:
                 save_checkpoint(run / "checkpoints", batch + 1, policy, optimizer)
+                plots.draw(run)
             if stop.requested and not last:
                 reporter.say(f"stopped after batch {batch + 1}; go on with: {resume_command(config)}")
                 raise SystemExit(128 + stop.requested)

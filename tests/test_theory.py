@@ -1,8 +1,8 @@
 """The theorems behind KLQ on random finite MDPs, in float64 (arXiv 2508.17000, Sections 2–4, Appendices A and C).
 
 Each test states one result of the paper from its equations. States s, actions a: |S| = 6, |A| = 3, discount γ < 1,
-reference policy π_b, temperature τ. The public operations `lambda_returns` and `gae` take part where the paper's statement
-is about returns along trajectories (Eqs. 7, 8, 14, 38, Algorithms 1 and 2).
+reference policy π_b, temperature τ. The public operations `lambda_returns` and `gae` take part where the paper's
+statement is about returns along trajectories (Eqs. 7, 8, 14, 38, Algorithms 1 and 2).
 """
 
 import math
@@ -122,7 +122,7 @@ def check_contraction(operator: Callable[[Tensor], Tensor], modulus: float, fixe
     matrix = linear_part(operator)
     difference = operator(first) - operator(second)
     torch.testing.assert_close(difference.flatten(), matrix @ (first - second).flatten(), rtol=0, atol=1e-10)
-    # The Lipschitz constant of an affine map in ℓ^∞ is the largest absolute row sum of its matrix: a bound for every pair.
+    # An affine map's Lipschitz constant in ℓ^∞ is the largest absolute row sum of its matrix: it bounds every pair.
     assert matrix.abs().sum(-1).max().item() == pytest.approx(modulus, rel=1e-11)
     assert difference.abs().max() <= modulus * (first - second).abs().max() * (1 + 1e-12)
     # It is attained: Q and Q + c, which differ by the same amount everywhere, come closer by the modulus and no more.
@@ -170,8 +170,8 @@ def test_lambda_operator_contracts_by_its_modulus(mdp: MDP, lam: float) -> None:
 def test_lambda_operator_sums_discounted_bellman_errors(mdp: MDP, lam: float) -> None:
     """Eqs. 7 and 37: B_λ Q − Q = Σ_k (λγ P^π)^k (B^π Q − Q) = (I − λγ P^π)^{-1} (B^π Q − Q).
 
-    This is why the n-step mixture of Eq. 37 is computed by one reverse recursion over TD errors. Fails if that recursion's
-    decay is not λγ.
+    This is why the n-step mixture of Eq. 37 is computed by one reverse recursion over TD errors. Fails if that
+    recursion's decay is not λγ.
     """
     policy, action_values = random_policy(), random_values(S, A)
     error = bellman(mdp, policy, action_values) - action_values
@@ -211,10 +211,10 @@ def trajectories(mdp: MDP, policy: Tensor, state: int, action: int) -> list[tupl
 @pytest.mark.parametrize("lam", LAMBDAS)
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_expected_lambda_return_is_the_lambda_operator(seed: int, lam: float, alpha: float) -> None:
-    """Eqs. 38, 88 and 89: E[G^{λ,α}_t | s, a] = α B_λ Q + (1 − α) Q, exactly, summed over every episode from each (s, a).
+    """Eqs. 38, 88 and 89: E[G^{λ,α}_t | s, a] = α B_λ Q + (1 − α) Q, summed exactly over all episodes from each (s, a).
 
-    The left side comes from the public `lambda_returns`, with π and V Boltzmann in Q; the right from Eq. 37. Fails if its
-    TD error, decay, discount or α differ from Eqs. 7 and 14.
+    The left side comes from the public `lambda_returns`, with π and V Boltzmann in Q; the right from Eq. 37. Fails if
+    its TD error, decay, discount or α differ from Eqs. 7 and 14.
     """
     torch.manual_seed(seed)
     mdp = random_episodic_mdp()
@@ -257,8 +257,8 @@ def every_pair(repeats: int) -> tuple[Tensor, Tensor]:
 def test_td_error_of_the_parametrised_q(mdp: MDP) -> None:
     """Eq. 8 = Eq. 14: with π = π[Q], Σ_a π Q − τ D(π‖π_b) is V[Q], so the TD error needs neither the sum nor D.
 
-    Eq. 14 is what `lambda_returns` gives as `td_errors`, compared at every step of sampled trajectories. Fails if it reads
-    V at s_t instead of s_{t+1}, drops τ or γ, or flips the log-ratio.
+    Eq. 14 is what `lambda_returns` gives as `td_errors`, compared at every step of sampled trajectories. Fails if it
+    reads V at s_t instead of s_{t+1}, drops τ or γ, or flips the log-ratio.
     """
     action_values = random_values(S, A)
     policy, values = boltzmann(mdp, action_values)
@@ -283,9 +283,9 @@ def test_td_error_of_the_parametrised_q(mdp: MDP) -> None:
 def test_sampled_lambda_returns_average_to_the_operator(mdp: MDP) -> None:
     """Eq. 38 by sampling, in an MDP without end: the mean of G over 400 trajectories from each (s, a) is B_λ Q.
 
-    Trajectories are cut after 100 steps with V of the last state as bootstrap, which misses less than (λγ)^100 = 2e-7 of
-    the error term. All 18 means must lie within 5 standard errors: a correct estimator fails once in 10^5 draws, and the
-    draws are fixed.
+    Trajectories are cut after 100 steps with V of the last state as bootstrap, which misses less than (λγ)^100 = 2e-7
+    of the error term. All 18 means must lie within 5 standard errors: a correct estimator fails once in 10^5 draws, and
+    the draws are fixed.
     """
     repeats = 400
     action_values = random_values(S, A)
@@ -340,9 +340,9 @@ def test_moving_towards_the_boltzmann_policy_improves(mdp: MDP) -> None:
     """Theorem A.5 (Eqs. 70–85): D(π_new‖π_B) ≤ D(π‖π_B) in every state implies Q^{π_new} ≥ Q^π, strictly where (s, a)
     can step into a state where the inequality is strict.
 
-    States 0–2 are closed here and keep their policy, so Q must not change there at all; in states 3–5 π_new is the one of
-    200 random policies that satisfies Eq. 70 most narrowly. The one that violates it most narrowly must lose. Fails if
-    π_B is taken from another Q, or if the divergence is reversed.
+    States 0–2 are closed here and keep their policy, so Q must not change there at all; in states 3–5 π_new is the one
+    of 200 random policies that satisfies Eq. 70 most narrowly. The one that violates it most narrowly must lose. Fails
+    if π_B is taken from another Q, or if the divergence is reversed.
     """
     transition = mdp.transition.clone()
     transition[:3, :, 3:] = 0
@@ -390,8 +390,8 @@ def test_boltzmann_updates_improve_up_to_the_optimum(mdp: MDP) -> None:
 def maximise(objective: Callable[[Tensor], Tensor], states: Tensor, rate: float) -> Tensor:
     """The policy at which a concave objective is stationary, by mirror ascent from the uniform policy: (S, A).
 
-    It knows the objective only through its gradient: log π(a|s) moves by the gradient to π(a|s), each state's divided by
-    its weight in the objective, then π is normalised.
+    It knows the objective only through its gradient: log π(a|s) moves by the gradient to π(a|s), each state's divided
+    by its weight in the objective, then π is normalised.
     """
     logits = torch.zeros(S, A, dtype=torch.float64)
     for _ in range(80):
@@ -410,9 +410,9 @@ def test_klq_iterates_equal_those_of_penalised_ppo(mdp: MDP, alpha: float, lam: 
     """Proposition 4.1: five iterates of Eq. 15 in Q space are those of Eqs. 17–20 in (π, V) space, β = τ(1 − α)/α.
 
     The two sides share nothing but the MDP. Q space: Q_{k+1} = α B_λ Q_k + (1 − α) Q_k (Eqs. 37, 89), B_λ under π[Q_k].
-    (π, V) space: expected advantages from the TD errors of Eq. 14 (Eqs. 7, 16), the policy by ascent on the objective of
-    Eq. 17 as it stands, the value by least squares on Eqs. 19 and 20, both weighted with the states that π_k visits. Fails
-    for another β, for the other direction of either KL, for π_k in Eq. 20, or for λ-returns there without α.
+    (π, V) space: expected advantages from the TD errors of Eq. 14 (Eqs. 7, 16), the policy by ascent on the objective
+    of Eq. 17 as it stands, the value by least squares on Eqs. 19 and 20, both weighted with the states that π_k visits.
+    Fails for another β, for the other direction of either KL, for π_k in Eq. 20, or for λ-returns there without α.
     """
     action_values = random_values(S, A)
     policy, values = boltzmann(mdp, action_values)
@@ -450,7 +450,7 @@ def test_klq_iterates_equal_those_of_penalised_ppo(mdp: MDP, alpha: float, lam: 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 def test_klq_error_term_is_gae_on_the_penalised_reward(lam: float, gamma: float) -> None:
-    """Δ of Algorithm 2 is Â of Algorithm 1: GAE on r − τ log π/π_b, both by the public operations and by the pseudocode.
+    """Δ of Algorithm 2 is Â of Algorithm 1: GAE on r − τ log π/π_b, by the public operations and by the pseudocode.
 
     Fails if one of the two scans differs from the other in its bootstrap, its mask or where a row's reward is paid.
     """

@@ -1,14 +1,14 @@
 """KLQ against the exact optimum, on token trees small enough to list every response (equations of arXiv 2508.17000).
 
-A tree holds every response over a vocabulary of 3 up to 4 tokens long, as in the token-level view of Section 2.2: a state
-is the tokens so far, an action the next token, and a score R(y) is paid on the last token (γ = 1). With τ > 0 the
+A tree holds every response over a vocabulary of 3 up to 4 tokens long, as in the token-level view of Section 2.2: a
+state is the tokens so far, an action the next token, and a score R(y) is paid on the last token (γ = 1). With τ > 0 the
 optimum of the RLHF objective E_π[R(y) − τ log π(y)/π_b(y)], Eq. 3, is known in closed form:
 
     π*(y) ∝ π_b(y) exp(R(y)/τ)        V*(s) = τ log E_{y∼π_b}[exp(R(y)/τ) | s]        Q* = τ log(π*/π_b) + V*
 
-KLQ is run here as Algorithm 2 has it, with the public `lambda_returns` for the targets and `klq_loss` for the gradients,
-and a table of logits and values in place of the language model: first with exact expectations over all responses,
-then on samples.
+KLQ is run here as Algorithm 2 has it, with the public `lambda_returns` for the targets and `klq_loss` for the
+gradients, and a table of logits and values in place of the language model: first with exact expectations over all
+responses, then on samples.
 """
 
 from dataclasses import dataclass, replace
@@ -128,7 +128,7 @@ def targets(tree: Tree, logprobs: Tensor, values: Tensor, **options: float) -> T
 def token_gradients(
     tree: Tree, logprobs: Tensor, values: Tensor, returns: Tensor, **options: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ (Q − G)² to the log-probability and to the value of each token, by the public loss: (N, T) each."""
+    """Gradients of Σ (Q − G)² to the log-probability and the value of each token, by the public loss: (N, T) each."""
     token_logprobs = tree.along(logprobs).requires_grad_()
     token_values = values[tree.states].requires_grad_()
     ref_logprobs = tree.along(tree.ref_logprobs)
@@ -149,11 +149,11 @@ def table_gradients(
 def regress(
     tree: Tree, logprobs: Tensor, values: Tensor, *, tau: float, lam: float, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One batch of KLQ with exact expectations: the (π, V) whose Q minimises Eq. 15 over all responses drawn from π_old."""
+    """One batch of KLQ with exact expectations: the (π, V) whose Q minimises Eq. 15 over responses drawn from π_old."""
     probs = tree.logprobs(logprobs).exp()
     returns = targets(tree, logprobs, values, tau=tau, lam=lam, alpha=alpha)
     _, grad_values = token_gradients(tree, logprobs, values, returns, tau=tau)
-    # In Q space the loss is a parabola of curvature 2·P(s, a), so one Newton step from its gradient ends at the minimum.
+    # In Q space the loss is a parabola of curvature 2·P(s, a): one Newton step from its gradient ends at the minimum.
     action_values = tau * (logprobs - tree.ref_logprobs) + values[:, None]  # Eq. 12
     action_values = action_values - tree.total(probs, grad_values) / (2 * tree.visits(probs))
     values = tau * (tree.ref_logprobs + action_values / tau).logsumexp(-1)  # Eq. 11
@@ -193,14 +193,29 @@ def test_the_closed_form_is_the_optimum(eos: int | None, tau: float) -> None:
 
 
 @pytest.mark.parametrize("eos", [EOS, None])
+def test_token_and_completion_level_divergences_agree(eos: int | None) -> None:
+    """Section 2.2, Remark 2.1: with γ = 1, KL(π(y)‖π_b(y)) is the expected sum of D(π‖π_b)(s_t) along the response.
+
+    So E_π[Σ_t log π/π_b], which training reports, is the divergence of Eq. 3. Fails if a token past the end is counted.
+    """
+    tree = token_tree(eos, seed=0)
+    logprobs = torch.randn_like(tree.ref_logprobs).log_softmax(-1)
+    sequence = tree.logprobs(logprobs)
+    completion_level = (sequence.exp() * (sequence - tree.logprobs(tree.ref_logprobs))).sum()
+    divergence = (logprobs.exp() * (logprobs - tree.ref_logprobs)).sum(-1)  # Eq. 2, (S,)
+    token_level = (tree.visits(sequence.exp()).sum(-1) * divergence).sum()
+    torch.testing.assert_close(token_level, completion_level, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("tau", [0.05, 0.5])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_exact_regression_reaches_the_optimum(eos: int | None, tau: float, lam: float) -> None:
     """With α = 1 each batch makes one more layer of the tree exact, from the leaves up (Eqs. 6, 7, 10–14, Theorem A.3).
 
     The last layer's Q is R after one batch; a layer whose successors are exact has E[G] = V*(s') whatever λ is. So the
-    optimum is reached after DEPTH batches, to rounding. One-step returns (λ = 0) are not there a batch earlier, and no λ
-    is there after the first. Fails if a target or the residual uses a wrong τ, sign or time step.
+    optimum is reached after DEPTH batches, to rounding. One-step returns (λ = 0) are not there a batch earlier, and no
+    λ is there after the first. Fails if a target or the residual uses a wrong τ, sign or time step.
     """
     tree = token_tree(eos, seed=1)
     logprobs, values = tree.ref_logprobs, torch.randn(len(tree.ref_logprobs), dtype=torch.float64)
@@ -225,7 +240,7 @@ def test_conservative_exact_regression_reaches_the_optimum(eos: int | None, tau:
     """
     tree = token_tree(eos, seed=2)
     logprobs, values = tree.ref_logprobs, torch.randn(len(tree.ref_logprobs), dtype=torch.float64)
-    last = (tree.mask.sum(-1) == DEPTH).nonzero()[0].item()
+    last = int(tree.mask.all(-1).nonzero()[0])
     end = (tree.states[last, -1], tree.tokens[last, -1])
     before = optimum(tree, tau).action_values[end] - values[end[0]]  # π = π_b, so Q = V
     logprobs, values = regress(tree, logprobs, values, tau=tau, lam=0.95, alpha=alpha)
@@ -241,8 +256,8 @@ def test_conservative_exact_regression_reaches_the_optimum(eos: int | None, tau:
 def test_the_gradient_vanishes_where_the_regression_ends(eos: int | None, weights: tuple[float, float]) -> None:
     """The gradients of the public loss to logits and values are zero at the minimum of a batch's loss (Eqs. 6, 13).
 
-    `regress` moves Q by the gradient to the values alone, so this also ties the gradient to the log-probabilities to the
-    same minimum, and shows that positive gradient weights leave it where it is: there E[Q − G | s, a] = 0 for every
+    `regress` moves Q by the gradient to the values alone, so this also ties the gradient to the log-probabilities to
+    the same minimum, and shows that positive gradient weights leave it where it is: there E[Q − G | s, a] = 0 for every
     (s, a). Fails if the loss uses another τ or reference than `lambda_returns`, or if a weight changes the residual.
     """
     tree, tau = token_tree(eos, seed=3), 0.5
@@ -294,11 +309,11 @@ def descend(
 def test_exact_gradient_steps_reach_the_optimum(
     eos: int | None, tau: float, rate: float, weights: dict[str, float]
 ) -> None:
-    """Gradient steps on the public loss (Eq. 6, Algorithm 2) end at π*, V*, Q*, with the paper's gradients and weighted.
+    """Gradient steps on the public loss (Eq. 6, Algorithm 2) end at π*, V*, Q*, with the paper's weights and others.
 
     With policy_weight = 1/τ and value_weight = 0.1 the steps are those of no single loss, yet the only policy and value
-    that they leave alone are the optimum. Fails if a gradient has the wrong sign, goes to the wrong token, or if a weight
-    enters the residual.
+    that they leave alone are the optimum. Fails if a gradient has the wrong sign, goes to the wrong token, or if a
+    weight enters the residual.
     """
     tree = token_tree(eos, seed=4)
     values = torch.randn(len(tree.ref_logprobs), dtype=torch.float64)
@@ -365,9 +380,10 @@ def test_samples_reach_the_optimum(eos: int | None, seed: int, kl_bound: float, 
     """KLQ on 50 batches of 256 samples, 4 epochs of 4 minibatches (Algorithm 2), ends near π* and V* at τ = 0.1.
 
     KL(π‖π*) starts at 1.9 nats; the error of V, rms over the states π* visits, at about 1. Over 40 seeds they end at
-    log10 KL = −2.00 ± 0.25 and log10 error = −1.65 ± 0.31 (mean and standard deviation) with an end-of-sequence token, at
-    −1.78 ± 0.15 and −1.51 ± 0.18 without. The bounds hold for the geometric mean of 4 seeds and lie 5 of its standard
-    deviations, half of those, above the mean. J falls short of J(π*) by τ KL, so by less than 0.005 of scores in [0, 1].
+    log10 KL = −2.00 ± 0.25 and log10 error = −1.65 ± 0.31 (mean and standard deviation) with an end-of-sequence token,
+    at −1.78 ± 0.15 and −1.51 ± 0.18 without. The bounds hold for the geometric mean of 4 seeds and lie 5 of its
+    standard deviations, half of those, above the mean. J falls short of J(π*) by τ KL, so by less than 0.005 of scores
+    in [0, 1].
     """
     tree, tau = token_tree(eos, seed), 0.1
     best = optimum(tree, tau)

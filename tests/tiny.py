@@ -88,7 +88,7 @@ def distilbert_reward(folder: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    config = DistilBertConfig(
+    config = DistilBertConfig(  # type: ignore[call-arg]
         vocab_size=len(words), dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64, num_labels=2
     )
     fast = PreTrainedTokenizerFast(

@@ -112,8 +112,8 @@ def linear_klq_loss(
 
     The gradient is produced in the forward pass, as Q − G is known token by token: 6·n·V·D floating-point operations
     for n valid tokens, 4·n·V·D where hidden or weight is frozen, 2·n·V·D without gradients. Logits exist for a chunk of
-    tokens at a time. A gradient is accumulated in the dtype of the result, held until backward, and takes the dtype of its
-    tensor there. A second backward (retain_graph=True) computes everything again; double backward raises.
+    tokens at a time. A gradient is accumulated in the dtype of the result, held until backward, and takes the dtype
+    of its tensor there. A second backward (retain_graph=True) computes everything again; double backward raises.
     """
     check_head(hidden, weight, tokens, bias, temperature, softcap)
     _check_targets(tokens, "tokens", ref_logprobs, values, returns, mask)
@@ -448,11 +448,11 @@ def _(hidden, weight, bias, values, *rest):
     like = torch.empty(0, dtype=compute_dtype(hidden, weight), device=hidden.device)
     return (
         like.new_empty(()),
-        like.new_empty(len(hidden)),
+        like.new_empty(hidden.shape[0]),
         like.new_empty(hidden.shape if hidden_grad else (0,)),
         like.new_empty(weight.shape if weight_grad else (0,)),
         like.new_empty(weight.shape[0] if bias_grad else 0),
-        like.new_empty(len(hidden)),
+        like.new_empty(hidden.shape[0]),
     )
 
 

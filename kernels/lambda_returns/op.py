@@ -99,7 +99,9 @@ def lambda_returns(
         return LambdaReturns(returns, action_values, td_errors, advantages)
     scan = _scan_op if torch.compiler.is_compiling() else _scan
     numbers = (float(tau), float(lam), float(gamma), float(alpha))
-    return LambdaReturns(*scan(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, *numbers))
+    buffer = scan(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, *numbers)
+    returns, action_values, advantages, td_errors = buffer[:, : values.numel()].view(4, *values.shape).unbind()
+    return LambdaReturns(returns, action_values, td_errors, advantages)
 
 
 @torch.no_grad()
@@ -133,9 +135,8 @@ def gae(
         dtype = _result_dtype(None, values)
         return advantages.to(dtype), returns.to(dtype)
     scan = _scan_op if torch.compiler.is_compiling() else _scan
-    returns, _, _, advantages = scan(
-        None, values, rewards, mask, bootstrap, cu_seqlens, 1.0, float(lam), float(gamma), 1.0
-    )
+    buffer = scan(None, values, rewards, mask, bootstrap, cu_seqlens, 1.0, float(lam), float(gamma), 1.0)
+    returns, _, advantages, _ = buffer[:, : values.numel()].view(4, *values.shape).unbind()
     return advantages, returns
 
 
@@ -204,35 +205,37 @@ def _scan(
     lam: float,
     gamma: float,
     alpha: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G, Q, δ, Δ, each like `values`. On CUDA nothing here waits for the device."""
+) -> Tensor:
+    """G, Q, Δ, δ: the first N = values.numel() slots of the four rows of one (4, N + 16) buffer.
+
+    One buffer, because returning and fetching 4 × 2 MB anew from the system costs up to 4 ms in page faults, and glibc
+    keeps one freed block where it gives several back. Slot N of a row takes what has no place: the rewards of sequences
+    without tokens, the ends of blocks. On CUDA nothing here waits for the device.
+    """
     _check_offsets(cu_seqlens, values)
     shape, device = values.shape, values.device
     N, dtype = values.numel(), _result_dtype(log_ratio, values)
+    buffer = torch.empty(4, N + 16, dtype=dtype, device=device)
     if N == 0:
-        empty = [torch.empty(shape, dtype=dtype, device=device) for _ in range(4)]
-        return empty[0], empty[1], empty[2], empty[3]
+        return buffer
+    returns, Q, advantages, td_errors = buffer.unbind()
     per_token = rewards.shape == shape
     V, r = values.to(dtype).reshape(-1), rewards.to(dtype).reshape(-1)
     log_ratio = None if log_ratio is None else log_ratio.to(dtype).reshape(-1)
     bootstrap = None if bootstrap is None else bootstrap.to(dtype)
 
-    # The layout: `last` (S,) is each sequence's last valid token (N: it has none), `home` each token's place after
-    # squeezing (N: squeezed out), `keep` all ones in the bits of valid tokens.
-    home = keep = None
+    # `last` (S,) is each sequence's last valid token, N if it has none; `home` (N,) is where each token goes when holes
+    # are squeezed out, N if it is one.
+    home = offsets = None
+    lengths: Tensor | None
     if cu_seqlens is None and (mask is None or (not mask.is_cuda and _right_padded(mask))):
         B, T = shape
-        last = torch.arange(1, B + 1, device=device) * T - 1
+        last = torch.arange(T - 1, N, T, device=device)
         if mask is not None:
             lengths = mask.view(torch.uint8).sum(1, dtype=torch.int64)
-            last = torch.where(lengths > 0, last - T + lengths, N)
-            keep = mask.reshape(-1).to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
-        offsets = None
+            last = torch.where(lengths > 0, last + (lengths - T), N)
     else:
-        if cu_seqlens is None:
-            offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
-        else:
-            offsets = cu_seqlens.long()
+        offsets = torch.arange(0, N + 1, shape[1], device=device) if cu_seqlens is None else cu_seqlens.long()
         if mask is not None:
             home, offsets = _squeeze(mask.reshape(-1), offsets)
             V = _move(V, home)
@@ -241,21 +244,21 @@ def _scan(
             bootstrap = None if bootstrap is None else torch.cat([bootstrap, bootstrap.new_zeros(1)])
         last = torch.where(offsets.diff() > 0, offsets[1:] - 1, N)
 
-    Q, td_errors = _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma)
-    if keep is not None:  # an AND takes 0.07 ms for 512×1024 where `where` takes 0.3 to 1.2, and NaN & 0 = 0
-        Q.view(keep.dtype).bitwise_and_(keep)
-        td_errors[:N].view(keep.dtype).bitwise_and_(keep)
-
+    _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, td_errors, scratch=advantages)
     if offsets is None:
-        advantages = _scan_rows(td_errors[:N].view(shape), lam * gamma).view(-1)
+        if mask is not None:  # an AND takes 0.07 ms for 512×1024 where `where` takes 0.3 to 1.2, and NaN & 0 = 0
+            bits = torch.int64 if dtype == torch.float64 else torch.int32
+            keep = advantages[:N].view(bits).copy_(mask.reshape(-1)).neg_()
+            Q[:N].view(bits).bitwise_and_(keep)
+            td_errors[:N].view(bits).bitwise_and_(keep)
+        _scan_rows(td_errors[:N].view(shape), lam * gamma, out=advantages[:N].view(shape))
     else:
-        advantages = _scan_packed(td_errors[:N], offsets, lam * gamma)
-    td_errors = td_errors[:N]
+        _scan_packed(td_errors, offsets, lam * gamma, out=advantages)
+    torch.mul(advantages, alpha, out=returns).add_(Q) if alpha != 1.0 else torch.add(advantages, Q, out=returns)
     if home is not None:
-        zero = V.new_zeros(1)
-        Q, td_errors, advantages = (torch.cat([x, zero]).index_select(0, home) for x in (Q, td_errors, advantages))
-    returns = Q + advantages if alpha == 1.0 else Q + alpha * advantages
-    return returns.view(shape), Q.view(shape), td_errors.view(shape), advantages.view(shape)
+        buffer[:, N] = 0.0
+        buffer[:, :N] = buffer.index_select(1, home)
+    return buffer
 
 
 def _td_errors(
@@ -267,67 +270,88 @@ def _td_errors(
     per_token: bool,
     tau: float,
     gamma: float,
-) -> tuple[Tensor, Tensor]:
-    """Q (N,), and δ (N + 1,) whose last slot takes what sequences without tokens would have written.
+    Q: Tensor,  # (N + 16,), written
+    td_errors: Tensor,  # (N + 16,), written
+    scratch: Tensor,  # (N + 16,)
+) -> None:
+    """δ = (r − τℓ) + (γV' − V) and Q = τℓ + V.
 
-    δ = (r − τℓ) + (γV' − V): with fp32 values near 10 and τℓ near 0.001, r + γV' − Q would lose τℓ's last 13 bits, and
+    In this order, since with fp32 values near 10 and τℓ near 0.001, r + γV' − Q would lose the last 13 bits of τℓ, and
     at λγ = 1 the loss adds up over the sequence. Only correctly rounded elementwise operations, no fused
     multiply-add (`add(alpha=)` uses it in its vector body but not in its tail), so that no bit depends on the position.
     """
     N = V.shape[0]
-    td_errors = V.new_empty(N + 1)
-    difference = V.new_empty(N)  # γV(s_{t+1}) − V(s_t)
-    torch.sub(V[1:] if gamma == 1.0 else gamma * V[1:], V[:-1], out=difference[:-1])
-    difference[-1] = 0.0  # the last token of some sequence, so rewritten below
-    last_token = last.clamp(max=N - 1)
-    last_reward = r[last_token] if per_token else r
-    if log_ratio is None:
-        Q = V.clone()
-        torch.add(r, difference, out=td_errors[:N]) if per_token else td_errors[:N].copy_(difference)
+    Q, scratch = Q[:N], scratch[:N]
+    inner = td_errors[: N - 1]
+    if gamma == 1.0:
+        torch.sub(V[1:], V[:-1], out=inner)
     else:
-        penalty = tau * log_ratio
-        Q = penalty + V
-        reward = torch.sub(r, penalty, out=penalty) if per_token else penalty.neg_()
-        torch.add(reward, difference, out=td_errors[:N])
-        last_reward = last_reward - tau * log_ratio[last_token]
-    last_value = V[last_token]
-    end = -last_value if bootstrap is None else gamma * bootstrap - last_value
+        torch.mul(V[1:], gamma, out=inner).sub_(V[:-1])
+    td_errors[N - 1 :] = 0.0  # token N - 1 is the last of some sequence, written below
+    here = last.clamp(max=N - 1)
+    last_reward = r.index_select(0, here) if per_token else r
+    if log_ratio is None:
+        Q.copy_(V)
+        if per_token:
+            td_errors[:N] += r
+    else:
+        penalty = torch.mul(log_ratio, tau, out=scratch)
+        torch.add(penalty, V, out=Q)
+        if per_token:
+            torch.sub(r, penalty, out=penalty)
+            td_errors[:N] += penalty
+        else:
+            td_errors[:N] -= penalty
+        last_reward = last_reward - tau * log_ratio.index_select(0, here)
+    last_value = V.index_select(0, here)
+    end = last_value.neg() if bootstrap is None else gamma * bootstrap - last_value
     td_errors.scatter_(0, last, last_reward + end)
-    return Q, td_errors
 
 
-def _scan_rows(td_errors: Tensor, factor: float) -> Tensor:
+def _scan_rows(td_errors: Tensor, factor: float, out: Tensor) -> None:
     """Δ (B, T) of padded rows δ (B, T) that end in zeros."""
     B, T = td_errors.shape
     blocks = -(-T // BLOCK)  # per row
     if T == blocks * BLOCK and B * blocks >= MIN_BLOCKS:
-        return _scan_blocks(td_errors.view(-1, BLOCK), factor, blocks).view(B, T)
+        _scan_blocks(td_errors.view(-1, BLOCK), factor, blocks, out=out.view(-1, BLOCK))
+        return
     padded = td_errors.new_zeros(max(B * blocks, MIN_BLOCKS), BLOCK)
-    padded[: B * blocks].view(B, -1)[:, :T] = td_errors
-    return _scan_blocks(padded, factor, blocks)[: B * blocks].view(B, -1)[:, :T].contiguous()
+    rows = padded[: B * blocks].view(B, -1)
+    rows[:, :T] = td_errors
+    scanned = _scan_blocks(padded, factor, blocks, out=torch.empty_like(padded))
+    out.copy_(scanned[: B * blocks].view(B, -1)[:, :T])
 
 
-def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float) -> Tensor:
-    """Δ (N,) of packed sequences δ (N,), by way of blocks that start where a sequence starts."""
-    N, lengths = td_errors.shape[0], offsets.diff()
+def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float, out: Tensor) -> None:
+    """Δ (N + 16,) of packed sequences δ (N + 16,), by way of blocks that start where a sequence starts."""
+    N, device = int(out.shape[0]) - 16, out.device
+    lengths = offsets.diff()
     blocks = (lengths + (BLOCK - 1)) // BLOCK  # per sequence
     ends = blocks.cumsum(0)
     count = max(N // BLOCK + lengths.shape[0], MIN_BLOCKS)  # at least ends[-1], known without asking the device
-    shift = (ends - blocks) * BLOCK - offsets[:-1]
-    place = torch.arange(N, device=td_errors.device) + shift.repeat_interleave(lengths, output_size=N)
-    padded = td_errors.new_zeros(count * BLOCK).scatter_(0, place, td_errors).view(count, BLOCK)
-    # How many blocks each block's sequence has from there on; the spare blocks at the end form one more sequence.
+    # One more sequence, of no tokens, takes the spare blocks.
     ends = torch.cat([ends, ends.new_full((1,), count)])
-    end = ends.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=count)
-    remaining = end - torch.arange(count, device=end.device)
-    longest = count if end.is_cuda else int(blocks.max())
-    return _scan_blocks(padded, factor, longest, remaining).view(-1).index_select(0, place)
+    per_sequence = ends.diff(prepend=ends.new_zeros(1))
+    sequence = torch.arange(ends.shape[0], device=device).repeat_interleave(per_sequence, output_size=count)
+    block = torch.arange(count, device=device)
+    start = (offsets - (ends - per_sequence) * BLOCK).index_select(0, sequence) + block * BLOCK
+    stop = torch.cat([offsets[1:], offsets[-1:]]).index_select(0, sequence)
+    token = start[:, None] + torch.arange(BLOCK, device=device)
+    token = torch.where(token < stop[:, None], token, N).view(-1)
+
+    remaining = ends.index_select(0, sequence) - block
+    longest = count if offsets.is_cuda else int(blocks.max())
+    td_errors[N] = 0.0
+    padded = td_errors.index_select(0, token).view(-1, BLOCK)
+    scanned = _scan_blocks(padded, factor, longest, out=torch.empty_like(padded), remaining=remaining)
+    out.scatter_(0, token, scanned.view(-1))
 
 
 def _scan_blocks(
     blocks: Tensor,  # (at least MIN_BLOCKS, BLOCK)
     factor: float,
     longest: int,
+    out: Tensor,  # like blocks
     remaining: Tensor | None = None,  # (blocks,): blocks of the same sequence from this one on; None: rows of `longest`
 ) -> Tensor:
     """Δ in the layout of `blocks`, which hold δ; every sequence starts at a block and its last block ends in zeros.
@@ -337,22 +361,25 @@ def _scan_blocks(
     """
     matrix, carry_weights = _powers(factor, torch.float64 if blocks.is_cuda else blocks.dtype, blocks.device)
     # `out=` keeps the product out of autocast's reach
-    scanned = torch.mm(blocks.to(matrix.dtype), matrix, out=torch.empty_like(blocks, dtype=matrix.dtype))
+    scanned = out if out.dtype == matrix.dtype else torch.empty_like(out, dtype=matrix.dtype)
+    torch.mm(blocks.to(matrix.dtype), matrix, out=scanned)
     rows = 1 if remaining is not None else blocks.shape[0] // longest
-    first = scanned[: rows * longest if remaining is None else None, 0].contiguous().view(rows, -1)
+    first = scanned[:, 0].contiguous()
+    table = first[: rows * longest].view(rows, -1) if remaining is None else first[None]
     shift = 1
-    while shift < longest and factor ** (BLOCK * shift) > 0:  # first[i] holds the sum of `shift` blocks from i on
-        following = _following(first, shift, remaining)
-        first[:, :-shift] += factor ** (BLOCK * shift) * following
+    while shift < longest and factor ** (BLOCK * shift) > 0:  # table[i] holds the sum of `shift` blocks from i on
+        table[:, :-shift] += factor ** (BLOCK * shift) * _following(table, shift, remaining)
         shift *= 2
-    carry = torch.zeros_like(scanned[:, 0])
-    carry[: first.numel()].view(rows, -1)[:, :-1] = _following(first, 1, remaining)
-    return scanned.addcmul_(carry[:, None], carry_weights).to(blocks.dtype)
+    carry = torch.zeros_like(first)
+    if longest > 1:
+        carry[: table.numel()].view(rows, -1)[:, :-1] = _following(table, 1, remaining)
+    scanned.addcmul_(carry[:, None], carry_weights)
+    return out if out is scanned else out.copy_(scanned)
 
 
-def _following(first: Tensor, shift: int, remaining: Tensor | None) -> Tensor:
+def _following(table: Tensor, shift: int, remaining: Tensor | None) -> Tensor:
     """What lies `shift` blocks to the right, 0 where that is another sequence's."""
-    following = first[:, shift:]
+    following = table[:, shift:]
     return following if remaining is None else torch.where(remaining[:-shift] > shift, following, 0.0)
 
 
@@ -360,9 +387,9 @@ def _following(first: Tensor, shift: int, remaining: Tensor | None) -> Tensor:
 def _powers(factor: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """M (BLOCK, BLOCK) with M[j, i] = factor^(j − i) for j ≥ i, so that δ @ M scans a block, and factor^(BLOCK − i)."""
     with torch.inference_mode(False):
-        i = torch.arange(BLOCK, dtype=torch.float64)
+        i = torch.arange(BLOCK, dtype=torch.float64, device=device)
         powers = factor ** (i[:, None] - i).clamp(min=0)
-        return powers.tril().to(device, dtype), (factor ** (BLOCK - i)).to(device, dtype)
+        return powers.tril().to(dtype), (factor ** (BLOCK - i)).to(dtype)
 
 
 def _right_padded(mask: Tensor) -> bool:
@@ -378,7 +405,7 @@ def _squeeze(mask: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """
     N = mask.shape[0]
     rank = mask.cumsum(0)
-    offsets = torch.cat([rank.new_zeros(1), rank])[offsets]
+    offsets = torch.cat([rank.new_zeros(1), rank]).index_select(0, offsets)
     return (rank - (N + 1)).mul_(mask).add_(N), torch.cat([offsets, offsets.new_full((1,), N)])
 
 
@@ -391,5 +418,4 @@ _scan_op = torch.library.custom_op("klq_fast::lambda_returns", _scan, mutates_ar
 
 @_scan_op.register_fake
 def _(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, tau, lam, gamma, alpha):
-    like = torch.empty(values.shape, dtype=_result_dtype(log_ratio, values), device=values.device)
-    return like, torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+    return torch.empty(4, values.numel() + 16, dtype=_result_dtype(log_ratio, values), device=values.device)

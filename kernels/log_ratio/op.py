@@ -77,47 +77,36 @@ def target_softmax_(
     usual 1 − p is off by 60% at p = 1 − 1e-7. For the same reason log π(a) is −log1p(S) where a is the likeliest
     token, hence exact for confident tokens and never above 0.
     """
-    logprobs = logits.new_empty(len(logits))
-    totals = logits.new_empty(len(logits))
-    for rows in _row_blocks(logits):
-        block, target = logits[rows], tokens[rows].unsqueeze(1)
-        top = block.amax(dim=1, keepdim=True)
-        target_gap = block.gather(1, target) - top
-        target_exp = target_gap.exp()
-        others = block.sub_(top).exp_().scatter_(1, target, 0.0).sum(dim=1, keepdim=True)
-        block.scatter_(1, target, -others)
-        total = target_exp + others
-        logprob = torch.where(target_gap == 0, -others.log1p(), target_gap - total.log())
-        logprobs[rows] = logprob.squeeze(1)
-        totals[rows] = total.squeeze(1)
-    return logprobs, totals
+    target = tokens.unsqueeze(1)
+    top = logits.amax(dim=1, keepdim=True)
+    target_gap = logits.gather(1, target) - top
+    others = logits.sub_(top).exp_().scatter_(1, target, 0.0).sum(dim=1, keepdim=True)
+    logits.scatter_(1, target, -others)
+    total = target_gap.exp() + others
+    logprobs = torch.where(target_gap == 0, -others.log1p(), target_gap - total.log())
+    return logprobs.squeeze(1), total.squeeze(1)
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows: about 1 MiB on CPU, so that the passes over a block find it in the cache; else all rows."""
-    size = max(1, len(logits))
-    if logits.device.type == "cpu":
-        size = max(1, 2**20 // (logits.shape[1] * logits.element_size()))
-    for start in range(0, len(logits), size):
-        yield slice(start, start + size)
-
-
-def _chunks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of the (N, V) rows of logits, each a new tensor of the given dtype; the whole is never copied."""
-    lead = logits.shape[:-1]
-    size = max(1, 2**22 // logits.shape[-1])  # 16 MiB in float32
+def _chunks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of logits (…, V) / temperature, a few at a time, as new float32 or float64 tensors (n, V)."""
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(0)
+    lead, vocab, dtype = logits.shape[:-1], logits.shape[-1], compute_dtype(logits)
+    # 4 MiB on CPU, so that the passes over a chunk find it in the cache (1.4 times as fast as 128 MiB in bfloat16).
+    size = max(1, (2**20 if logits.device.type == "cpu" else 2**26) // vocab)
     for start in range(0, lead.numel(), size):
         rows = torch.arange(start, min(start + size, lead.numel()), device=logits.device)
-        index = torch.unravel_index(rows, lead) if lead else ()
-        yield slice(start, start + len(rows)), logits[index].reshape(len(rows), -1).to(dtype, copy=True)
+        # An index, where a view as (N, V) would copy the whole of logits[:, :-1].
+        chunk = logits[torch.unravel_index(rows, lead)].to(dtype)
+        yield slice(start, start + len(rows)), chunk if temperature == 1 else chunk.div_(temperature)
 
 
 @torch.library.custom_op("klq_fast::logprobs", mutates_args=())
 def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     check_tokens("tokens", tokens, logits.shape[-1])
     out = torch.empty(tokens.numel(), dtype=compute_dtype(logits), device=logits.device)
-    for rows, chunk in _chunks(logits, out.dtype):
-        out[rows], _ = target_softmax_(chunk.div_(temperature), tokens.reshape(-1)[rows])
+    for rows, chunk in _chunks(logits, temperature):
+        out[rows], _ = target_softmax_(chunk, tokens.reshape(-1)[rows])
     return out.view(tokens.shape)
 
 
@@ -130,8 +119,8 @@ def _(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 def _logprobs_backward(grad: Tensor, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad, tokens, flat_out = grad.reshape(-1), tokens.reshape(-1), out.view(-1, logits.shape[-1])
-    for rows, chunk in _chunks(logits, compute_dtype(logits)):
-        _, total = target_softmax_(chunk.div_(temperature), tokens[rows])
+    for rows, chunk in _chunks(logits, temperature):
+        _, total = target_softmax_(chunk, tokens[rows])
         flat_out[rows] = chunk.mul_((grad[rows] / (-temperature * total)).unsqueeze(1))
     return out
 

@@ -1,0 +1,1 @@
+"""What the default run trains on, made on this machine from the Python standard library: see prepare.py."""

@@ -1,0 +1,168 @@
+"""The demo's learned reward: which docstring sentence would a reader prefer for this signature?"""
+
+import random
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
+
+from .pairs import Pair, Pairs
+from .policy import Track, learning_rate_share, optimizers, right_padded, sample, step
+
+if TYPE_CHECKING:
+    from .prepare import DemoConfig
+
+
+def truncated(sentence: str, generator: random.Random) -> str:
+    """The sentence stopped before its end."""
+    words = sentence.split(" ")
+    return " ".join(words[: generator.randint(2, len(words) - 1)]) if len(words) > 3 else sentence[:-1]
+
+
+def stuttering(sentence: str, generator: random.Random) -> str:
+    """The sentence with a stretch of one to three words said twice or three times."""
+    words = sentence[1:].split(" ")
+    start = generator.randrange(len(words))
+    stretch = words[start : start + generator.randint(1, 3)]
+    again = [word.rstrip(".") for word in stretch] * generator.randint(1, 2)
+    return " " + " ".join([*words[:start], *again, *words[start:]])
+
+
+def shuffled(sentence: str, generator: random.Random) -> str:
+    """The sentence with two of its words exchanged, or one left out."""
+    words = sentence[1:-1].split(" ")
+    first, second = generator.sample(range(len(words)), 2)
+    if generator.random() < 0.5:
+        words[first], words[second] = words[second], words[first]
+    else:
+        del words[first]
+    return " " + " ".join(words) + "."
+
+
+def run_on(sentence: str, other: str, generator: random.Random) -> str:
+    """The sentence followed by more than was asked for, or grown into another one half-way."""
+    if generator.random() < 0.5:
+        return sentence + other
+    words, rest = sentence[1:].split(" "), other[1:].split(" ")
+    return " " + " ".join(words[: generator.randint(1, len(words))] + rest[generator.randrange(len(rest)) :])
+
+
+def generic(prompt: str, generator: random.Random) -> str:
+    """Short sentences that fit anything, and the signature's own words."""
+    name = " ".join(re.findall(r"[a-z]+|[A-Z][a-z]*", prompt[4 : prompt.index("(")]))
+    candidates = [" Return True.", " Return the value.", " Return it.", " Return a new object.", " Internal function.",
+                  " Return the object.", " Set the value.", f" {name}.", f" {name.capitalize()}.",
+                  f" {prompt[4:]}", f" Return the {name} {name}.", " Return the " + "name of the " * 2 + "name."]  # fmt: skip
+    return generator.choice(candidates)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str, ended: bool = True) -> list[int]:
+    """What the reward model reads: the text, then the end-of-sequence token if the response came to its end."""
+    return tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id] * ended
+
+
+def score(model: GPTNeoXForSequenceClassification, rows: list[list[int]]) -> Tensor:
+    """(B,) float32: the score head at each row's last token. Long and short rows run apart, to pad less."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    scores = []
+    for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+        if half:
+            tokens = right_padded([rows[row] for row in half], model.config.pad_token_id)
+            last = torch.tensor([len(rows[row]) - 1 for row in half])
+            hidden = model.gpt_neox(input_ids=tokens).last_hidden_state[torch.arange(len(half)), last]  # (B / 2, D)
+            scores.append(model.score(hidden)[:, 0])
+    return torch.cat(scores)[torch.tensor(order).argsort()]
+
+
+def comparisons(pair: Pair, other: Pair, drawn: str, ended: bool, generator: random.Random) -> list[tuple[str, bool]]:
+    """The responses that one step compares for one prompt, each with whether it ended: see WORSE for their order."""
+    cut = truncated(pair.sentence, generator)
+    corrupted = generator.choice(
+        [
+            (cut, generator.random() < 0.5),
+            (cut + ".", True),
+            (stuttering(pair.sentence, generator), True),
+            (shuffled(pair.sentence, generator), True),
+            (run_on(pair.sentence, other.sentence, generator), True),
+            (generic(pair.prompt, generator), True),
+        ]
+    )
+    spoiled = generator.choice(
+        [
+            (truncated(drawn, generator), generator.random() < 0.5),
+            (stuttering(drawn, generator), True),
+            (run_on(drawn, other.sentence, generator), True),
+        ]
+    )
+    return [(pair.sentence, True), (drawn, ended), (other.sentence, True), corrupted, spoiled]
+
+
+# The first of each two is the better response of `comparisons`: the human sentence beats everything, and a sample of
+# the policy beats the same sample spoiled.
+BETTER = torch.tensor([0, 0, 0, 0, 1])
+WORSE = torch.tensor([1, 2, 3, 4, 4])
+
+
+def train_reward_model(
+    pairs: Pairs,
+    policy: GPTNeoXForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: "DemoConfig",
+    track: Track,
+) -> GPTNeoXForSequenceClassification:
+    """Bradley-Terry on `comparisons`, from the policy's trunk; scores of the policy's held-out samples: mean 0, std 1."""
+    torch.manual_seed(config.seed + 1)
+    generator = random.Random(config.seed + 1)
+    drawn = sample(policy, tokenizer, [pair.prompt for pair in pairs.train])
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    ended = [tokenizer.eos_token_id in response for response in drawn]
+
+    model_config = policy.config.to_dict() | {"num_labels": 1, "architectures": None}
+    model = GPTNeoXForSequenceClassification(type(policy.config)(**model_config))
+    model.gpt_neox.load_state_dict(policy.gpt_neox.state_dict())
+    steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate)
+    rows: list[int] = []
+    for index in track(range(steps), "training the reward model on preferences", steps):
+        if len(rows) < config.reward_rows:
+            rows += generator.sample(range(len(pairs.train)), len(pairs.train))
+        batch, rows = rows[: config.reward_rows], rows[config.reward_rows :]
+        compared = [
+            comparisons(pairs.train[row], generator.choice(pairs.train), texts[row], ended[row], generator)
+            for row in batch
+        ]
+        sequences = [
+            encode(tokenizer, pairs.train[row].prompt, response, end)
+            for row, responses in zip(batch, compared, strict=True)
+            for response, end in responses
+        ]
+        scores = score(model, sequences).view(len(batch), -1)  # (rows, 5)
+        loss = -nn.functional.logsigmoid(scores[:, BETTER] - scores[:, WORSE]).mean()
+        step(model, optims, loss, learning_rate_share(index, steps))
+    normalise(model.eval(), policy, tokenizer, [pair.prompt for pair in pairs.heldout])
+    return model
+
+
+@torch.no_grad()
+def normalise(
+    model: GPTNeoXForSequenceClassification,
+    policy: GPTNeoXForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+) -> None:
+    """Scale and shift the score so that the policy's own samples have mean 0 and standard deviation 1.
+
+    The score head has no bias, so the shift goes into the bias of the layer norm before it: score = wᵀ(n + b) moves
+    by c when b moves by c·w/|w|². Both survive save_pretrained, whoever loads the model.
+    """
+    responses = [response for _ in range(4) for response in sample(policy, tokenizer, prompts)]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    rows = [
+        encode(tokenizer, prompt, text, tokenizer.eos_token_id in response)
+        for prompt, text, response in zip(prompts * 4, texts, responses, strict=True)
+    ]
+    scores = torch.cat([score(model, rows[start : start + 128]) for start in range(0, len(rows), 128)])
+    weight = model.score.weight[0]  # (D,)
+    weight /= scores.std()
+    model.gpt_neox.final_layer_norm.bias -= scores.mean() / scores.std() * weight / weight.square().sum()
