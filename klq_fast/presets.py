@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import tyro
@@ -131,12 +132,18 @@ def _read_config(file: Path) -> tuple[str | None, list[str]]:
         raise InputError(f"--config {file}: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: got {type(values).__name__}, expected lines of NAME: VALUE")
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(Config) if field.name != "config"]
     options: list[str] = []
     for name, value in values.items():
-        if name == "config" or isinstance(value, list | dict):
-            raise InputError(f"--config {file}: {name}: got {value}, expected one option's value")
         flag = str(name).replace("_", "-")
-        if name != "preset":
+        if flag not in names:
+            nearest = get_close_matches(flag, names, n=1)
+            raise InputError(
+                f"--config {file}: got {name}, expected an option" + "".join(f"; perhaps {n}" for n in nearest)
+            )
+        if isinstance(value, list | dict):
+            raise InputError(f"--config {file}: {name}: got {value}, expected one value")
+        if flag != "preset":
             options.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     return str(values["preset"]) if "preset" in values else None, options
 

@@ -23,7 +23,7 @@ def load_reward(reward: str | None, reward_model: str | None, device: torch.devi
         return reward_from_model(
             load_reward_model(reward_model, device), load_tokenizer("reward_model", reward_model), max_tokens=16_384
         )
-    raise InputError("reward_model: got neither --reward-model nor --reward, expected one of them")
+    raise InputError("reward_model: got neither a reward model nor a reward function, expected one of them")
 
 
 def reward_from_function(name: str) -> Reward:

@@ -21,7 +21,7 @@ from .metrics import Record, Reporter, append_line, keep_lines, read_lines, writ
 from .models import Policy, load_policy, load_reference, load_tokenizer, max_positions
 from .ppo import PPO
 from .presets import parse_command_line, with_demo_models
-from .reward import load_reward
+from .reward import load_reward, reward_from_function
 from .rollout import TRAIN_STREAM, Generator, with_logprobs
 from .run import StopRequest, export, open_run, resume_command, write_samples
 
@@ -60,12 +60,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def train(config: Config) -> None:
+    if config.dry_run:
+        return describe(config)
     state = distributed.start(config.threads)
     run = open_run(config)
     config = with_demo_models(config)
-    for name in ("policy", "dataset"):
-        if getattr(config, name) is None:
-            raise InputError(f"--{name} is missing: the preset {config.preset} does not name one")
+    check_names(config)
     assert config.policy and config.dataset
 
     tokenizer = load_tokenizer("policy", config.policy)
@@ -77,8 +77,6 @@ def train(config: Config) -> None:
     generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
     algorithm = ALGORITHMS[config.algorithm](config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
-    if config.dry_run:
-        return describe(config, prompts, policy)
 
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "config.yaml", config.to_yaml())
@@ -199,13 +197,30 @@ def check_lengths(prompts: Prompts, policy: Policy, response_length: int) -> Non
         )
 
 
-def describe(config: Config, prompts: Prompts, policy: Policy) -> None:
-    """--dry-run's answer."""
+def check_names(config: Config) -> None:
+    for name in ("policy", "dataset"):
+        if getattr(config, name) is None:
+            raise InputError(f"--{name} is missing: the preset {config.preset} does not name one")
+    if not config.reward and not config.reward_model:
+        raise InputError("--reward-model is missing, and so is --reward, a Python function: expected one of them")
+
+
+def describe(config: Config) -> None:
+    """--dry-run: reads the prompts, finds the reward function, loads no model and writes nothing."""
     print(config.to_yaml(), end="")
+    print(f"# {config.num_batches} batches; run folder {config.output_dir}")
+    if config.preset == "demo" and not config.policy:
+        print("# the demo makes its own policy, reward model and prompts on first use, in about 80 s of one CPU core")
+        return
+    check_names(config)
+    assert config.policy and config.dataset
+    if config.reward:
+        reward_from_function(config.reward)
+    tokenizer = load_tokenizer("policy", config.policy)
+    prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
     print(
-        f"# {sum(p.numel() for p in policy.parameters()):,} trained parameters, {len(prompts.train)} prompts, "
-        f"{len(prompts.heldout)} held out, {prompts.truncated} cut to {config.prompt_length} tokens, "
-        f"{config.num_batches} batches; nothing was written"
+        f"# {len(prompts.train)} prompts, {len(prompts.heldout)} held out, {prompts.truncated} cut to "
+        f"{config.prompt_length} tokens"
     )
 
 

@@ -1,0 +1,379 @@
+"""linear_logprobs and linear_log_ratio from hidden states."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from watch import watch
+
+from klq_fast import linear_log_ratio, linear_logprobs, log_ratio, logprobs
+from klq_fast.kernels.linear_logprob import op, reference
+
+IMPLS = ("torch", "reference")
+
+
+def make_head(rows: int, depth: int, vocab: int, dtype=torch.float32, scale: float = 3.0) -> dict[str, Tensor]:
+    """Logits of standard deviation `scale`; the first and the last token of the vocabulary occur."""
+    tokens = torch.randint(0, vocab, (rows,))
+    tokens[: min(rows, 2)] = torch.tensor([0, vocab - 1])[: min(rows, 2)]
+    return {
+        "hidden": torch.randn(rows, depth).to(dtype),
+        "weight": (torch.randn(vocab, depth) * (scale * depth**-0.5)).to(dtype),
+        "bias": torch.randn(vocab).to(dtype),
+        "tokens": tokens,
+    }
+
+
+def value_and_gradients(head: dict[str, Tensor], factors: Tensor, frozen: tuple[str, ...] = (), **options: Any):
+    head = {
+        name: each.detach().requires_grad_(name not in frozen) if each.is_floating_point() else each
+        for name, each in head.items()
+    }
+    out = linear_logprobs(**head, **options)
+    trained = [each for each in head.values() if each.requires_grad]
+    return out.detach(), *torch.autograd.grad((out * factors).sum(), trained)
+
+
+def doubled(head: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.double() if each.is_floating_point() else each for name, each in head.items()}
+
+
+def assert_no_worse_than_eager(ours, eager, truth, factor: float = 2.0) -> None:
+    """Row by row, the error is at most `factor` times eager's own plus a small absolute part.
+
+    The absolute part: 32 float32 roundings of the largest entry (a sum of some hundred products in another order),
+    and half a unit in the last place of the row where the result is rounded to 16 bits.
+    """
+    for index, (mine, theirs, exact) in enumerate(zip(ours, eager, truth, strict=True)):
+        rows = exact.shape[0]
+        errors, their_errors, sizes = (
+            each.abs().reshape(rows, -1).amax(dim=1) for each in (mine.double() - exact, theirs.double() - exact, exact)
+        )
+        rounding = torch.finfo(mine.dtype).eps if mine.dtype not in (torch.float32, torch.float64) else 0.0
+        bound = factor * their_errors + 32 * 2**-24 * exact.abs().max() + rounding / 2 * sizes
+        assert (errors <= bound).all(), f"result {index}: {(errors / bound).max()} times the bound"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equals_logprobs_of_the_logits(impl) -> None:
+    head = doubled(make_head(9, 5, 17))
+    raw = head["hidden"] @ head["weight"].T
+    capped = 2.5 * ((raw + head["bias"]) / 2.5).tanh()
+    out = linear_logprobs(**head, temperature=0.7, softcap=2.5, impl=impl)
+    torch.testing.assert_close(out, logprobs(capped, head["tokens"], temperature=0.7))
+    del head["bias"]
+    torch.testing.assert_close(linear_logprobs(**head, impl=impl), logprobs(raw, head["tokens"]))
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_eager(dtype, with_bias, temperature, softcap) -> None:
+    head = make_head(67, 130, 1031, dtype)  # primes, and 2 more than a multiple of 128
+    if not with_bias:
+        del head["bias"]
+    factors = torch.randn(67)
+    options = {"temperature": temperature, "softcap": softcap}
+    truth = value_and_gradients(doubled(head), factors.double(), **options, impl="reference")
+    # Eager here multiplies in float32; a 16-bit product, and 16-bit logits, are off by a hundred times as much.
+    eager = value_and_gradients(head, factors, **options, impl="reference")
+    ours = value_and_gradients(head, factors, **options)
+    assert [each.dtype for each in ours] == [torch.float32] + [dtype] * (len(ours) - 1)
+    assert_no_worse_than_eager(ours, eager, truth)
+
+
+def test_a_wrong_gradient_fails_the_error_bound() -> None:
+    head, factors = make_head(67, 130, 1031), torch.randn(67)
+    truth = value_and_gradients(doubled(head), factors.double(), impl="reference")
+    eager = value_and_gradients(head, factors, impl="reference")
+    value, hidden, weight, bias = value_and_gradients(head, factors)
+    for wrong in ((value, hidden * 1.01, weight, bias), (value * 1.01, hidden, weight, bias)):
+        with pytest.raises(AssertionError, match="times the bound"):
+            assert_no_worse_than_eager(wrong, eager, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "chunk"), [(0, 4), (1, 4), (4, 4), (5, 4), (7, 4), (7, 1), (7, 100)])
+def test_chunks(monkeypatch, dtype, rows, chunk) -> None:
+    """Any number of rows against any chunk, and vocabulary blocks that end with one column (16-bit weights)."""
+    head, factors = make_head(rows, 24, 513, dtype), torch.randn(rows)
+    expected = value_and_gradients(head, factors, temperature=0.7, impl="reference")
+    monkeypatch.setattr(op, "chunk_rows", lambda *_: chunk)
+    monkeypatch.setattr(op, "_vocab_blocks", lambda weight: [slice(start, start + 64) for start in range(0, 513, 64)])
+    ours = value_and_gradients(head, factors, temperature=0.7)
+    # float32: sums of 24 or 513 products in another order; bfloat16: one unit in the last place of the result.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def test_chunk_rows() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert op.chunk_rows(2048, 50304, cpu) == 256
+    assert op.chunk_rows(2049, 50304, cpu) == 257  # 8 equal chunks, not 8 and one of a single row
+    assert op.chunk_rows(5000, 50304, cpu) == 250
+    assert op.chunk_rows(0, 50304, cpu) == 0
+    assert op.chunk_rows(3, 50304, cpu) == 3
+    assert op.chunk_rows(10**6, 10**9, cpu) == 32
+    assert op.chunk_rows(8192, 128256, cuda) == 2048
+    assert op.chunk_rows(10**6, 10**9, cuda) <= 1024
+    assert op.chunk_rows(10**6, 10, cuda) <= 4096
+
+
+def test_blocks_of_a_16_bit_weight() -> None:
+    """V·D of some blocks, the last of one row, in the sizes that the operation itself chooses."""
+    depth = 4096
+    block = op._vocab_blocks(torch.empty(4096, depth, device="meta"))[0].stop
+    head = make_head(3, depth, 2 * block + 1, torch.bfloat16)
+    del head["bias"]
+    truth = value_and_gradients(doubled(head), torch.ones(3).double(), impl="reference")
+    eager = value_and_gradients(head, torch.ones(3), impl="reference")
+    assert_no_worse_than_eager(value_and_gradients(head, torch.ones(3)), eager, truth)
+
+
+HARD = {
+    "all near -100": {"bias": -100.0},
+    "all near +100": {"bias": 100.0},
+    "shifted by -5000": {"bias": -5000.0},
+    "p = 0.9999": {"bias": 0.0, "target": 16.0},
+    "p = 1 - 1e-9": {"bias": 0.0, "target": 27.0},
+    "p = 1e-30": {"bias": 0.0, "target": -63.0},
+    "p = 1e-60": {"bias": 0.0, "target": -132.0},
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_logits(case) -> None:
+    head = make_head(8, 16, 400, scale=1.0)
+    head["tokens"] = torch.full((8,), 7)
+    head["bias"] = torch.full((400,), HARD[case]["bias"])
+    head["bias"][7] += HARD[case].get("target", 0.0)
+    head["bias"][100:200] = float("-inf")
+    ours = value_and_gradients(head, torch.ones(8))
+    truth = value_and_gradients(doubled(head), torch.ones(8).double(), impl="reference")
+    assert all(each.isfinite().all() for each in ours)
+    # Relative to the gradient itself, which is as small as 1 − p. A logit of size x is known to 1.2e-7·x (x ≤ 5000).
+    relative = 1e-5 + 3e-7 * abs(HARD[case]["bias"])
+    for mine, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=relative * exact.abs().max().item())
+
+
+def test_never_above_zero() -> None:
+    head = make_head(500, 64, 200, torch.bfloat16, scale=10.0)
+    head["hidden"] = (head["weight"][head["tokens"]] * 0.5).to(torch.bfloat16)  # confident: the token's own direction
+    out = linear_logprobs(**head)
+    assert (out <= 0).all()
+    assert (out > -1e-6).any()
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_ratio_of_equals_is_exactly_zero(dtype, softcap) -> None:
+    head = make_head(300, 64, 5003, dtype)
+    own = {name: each.requires_grad_() for name, each in head.items() if name != "tokens"}
+    out = linear_log_ratio(
+        own["hidden"],
+        own["weight"],
+        own["hidden"].detach().clone(),
+        own["weight"].detach().clone(),
+        head["tokens"],
+        bias=own["bias"],
+        ref_bias=own["bias"].detach().clone(),
+        temperature=0.7,
+        softcap=softcap,
+    )
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_ratio(impl) -> None:
+    head, ref = doubled(make_head(6, 5, 17)), doubled(make_head(6, 3, 17))
+    for each in (*head.values(), *ref.values()):
+        each.requires_grad_(each.is_floating_point())
+    out = linear_log_ratio(
+        *(head["hidden"], head["weight"], ref["hidden"], ref["weight"], head["tokens"]),
+        bias=head["bias"],
+        ref_bias=ref["bias"],
+        temperature=0.7,
+        impl=impl,
+    )
+    expected = log_ratio(
+        reference.head_logits(head["hidden"], head["weight"], head["bias"], None),
+        reference.head_logits(ref["hidden"], ref["weight"], ref["bias"], None),
+        head["tokens"],
+        temperature=0.7,
+    )
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert all(head[name].grad is not None and ref[name].grad is None for name in ("hidden", "weight", "bias"))
+
+
+def test_gradcheck() -> None:
+    head = doubled(make_head(6, 4, 11, scale=1.0))
+    tokens = head.pop("tokens").view(2, 3)
+    inputs = [head["hidden"].view(2, 3, 4), head["weight"].T.contiguous().T, head["bias"]]
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_logprobs(hidden, weight, tokens, bias=bias, temperature=0.7, softcap=3.0)
+
+    assert torch.autograd.gradcheck(function, [each.requires_grad_() for each in inputs])
+
+
+def test_leading_shapes_strides_and_mixed_dtypes() -> None:
+    hidden = torch.randn(4, 7, 10).bfloat16()[:, 1:, ::2].requires_grad_()  # (4, 6, 5)
+    weight = torch.randn(5, 17, dtype=torch.float32).T.requires_grad_()
+    bias = torch.randn(34, dtype=torch.float64)[::2].requires_grad_()
+    tokens = torch.randint(0, 17, (6, 4)).T
+    out = linear_logprobs(hidden, weight, tokens, bias=bias)
+    assert out.dtype == torch.float32
+    expected = reference.linear_logprobs(hidden.double(), weight.double(), tokens, bias=bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad(out.square().sum(), (hidden, weight, bias))
+    theirs = torch.autograd.grad(expected.square().sum(), (hidden, weight, bias))
+    assert [each.dtype for each in ours] == [torch.bfloat16, torch.float32, torch.float64]
+    for mine, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=2**-7 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+    one = linear_logprobs(hidden[0, 0], weight, tokens[0, 0], bias=bias)
+    torch.testing.assert_close(one, out[0, 0])
+    assert linear_logprobs(hidden[:, :0], weight, tokens[:, :0]).shape == (4, 0)
+
+
+def test_repeats_bitwise_whatever_the_other_rows() -> None:
+    head, factors = make_head(64, 32, 501), torch.randn(64)
+    first, again = value_and_gradients(head, factors), value_and_gradients(head, factors)
+    assert all(torch.equal(mine, other) for mine, other in zip(first, again, strict=True))
+    part = {name: each[:40] if name in ("hidden", "tokens") else each for name, each in head.items()}
+    # A matrix product of another size may add in another order.
+    torch.testing.assert_close(first[0][:40], linear_logprobs(**part), rtol=0, atol=2e-6)
+
+
+def test_memory_and_work() -> None:
+    """Chunks of logits only, and nothing for a frozen tensor: neither memory nor arithmetic."""
+    rows, depth, vocab = 1024, 32, 40_000
+    head = make_head(rows, depth, vocab)
+    chunk = 4 * vocab * op.chunk_rows(rows, vocab, torch.device("cpu"))
+    product, whole_weight, some = 2 * rows * vocab * depth, 4 * vocab * depth, 2**20
+    seen = watch(lambda: linear_logprobs(**head))
+    assert seen.flops == product
+    assert chunk <= seen.peak < chunk + some
+
+    for frozen, products in (((), 4), (("weight", "bias"), 3), (("hidden", "bias"), 3), (("hidden", "weight"), 2)):
+        seen = watch(lambda frozen=frozen: value_and_gradients(head, torch.ones(rows), frozen))
+        assert seen.flops == products * product, frozen
+        gradients = whole_weight * ("weight" not in frozen) + 4 * rows * depth * ("hidden" not in frozen)
+        assert chunk + gradients <= seen.peak < chunk + gradients + some, frozen
+
+
+def test_autocast_changes_nothing() -> None:
+    head, factors = make_head(20, 16, 101), torch.randn(20)
+    expected = value_and_gradients(head, factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = value_and_gradients(head, factors)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
+
+
+def test_tied_weight() -> None:
+    weight = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
+    prompt, tokens = torch.randint(0, 17, (9,)), torch.randint(0, 17, (9,))
+    gradients = [
+        torch.autograd.grad(linear_logprobs(weight[prompt], weight, tokens, impl=impl).sum(), weight)[0]
+        for impl in IMPLS
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("token", [-1, -100, 17, 2**40])
+def test_token_out_of_range(impl, token) -> None:
+    head = make_head(3, 5, 17)
+    head["tokens"][2] = token
+    with pytest.raises(ValueError, match=rf"tokens: got a token {token}, expected \[0, 17\)"):
+        linear_logprobs(**head, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.randn(3, 6)}, r"hidden: got shape \(3, 6\), expected \(3, 5\)"),
+        ({"hidden": torch.randn(4, 5)}, r"hidden: got shape \(4, 5\), expected \(3, 5\)"),
+        ({"hidden": torch.ones(3, 5, dtype=torch.int64)}, "hidden: got dtype int64, expected float32"),
+        ({"hidden": torch.ones(3, 5, device="meta")}, "hidden: got a tensor on meta, expected cpu"),
+        ({"weight": torch.randn(17)}, r"weight: got shape \(17,\), expected \(V, D\)"),
+        ({"weight": torch.randn(0, 5)}, r"weight: got shape \(0, 5\), expected \(V, D\)"),
+        ({"weight": None}, "weight: got NoneType, expected a tensor"),
+        ({"bias": torch.randn(16)}, r"bias: got shape \(16,\), expected \(17,\)"),
+        ({"bias": torch.ones(17, dtype=torch.int64)}, "bias: got dtype int64"),
+        ({"tokens": torch.zeros(3)}, "tokens: got dtype float32, expected int64"),
+        ({"tokens": torch.zeros(3, 1, dtype=torch.int64)}, r"hidden: got shape \(3, 5\), expected \(3, 1, 5\)"),
+        ({"temperature": 0.0}, r"temperature: got 0.0, expected a number in \(0, "),
+        ({"temperature": -1.0}, r"temperature: got -1.0"),
+        ({"temperature": math.inf}, "temperature: got inf"),
+        ({"softcap": 0.0}, r"softcap: got 0.0, expected a number in \(0, "),
+        ({"softcap": -30.0}, "softcap: got -30.0"),
+        ({"impl": "cuda"}, "impl: got 'cuda', expected"),
+    ],
+)
+def test_bad_arguments(change, message) -> None:
+    arguments: dict[str, Any] = make_head(3, 5, 17) | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref_hidden": torch.randn(3, 6)}, r"ref_hidden: got shape \(3, 6\), expected \(3, 4\)"),
+        ({"ref_weight": torch.randn(16, 4)}, r"ref_weight: got V = 16, expected 17 \(the V of weight\)"),
+        ({"ref_weight": torch.randn(17, 4, device="meta")}, "tokens: got a tensor on cpu, expected meta"),
+        ({"ref_bias": torch.randn(16)}, r"ref_bias: got shape \(16,\), expected \(17,\)"),
+        ({"hidden": torch.randn(3, 4)}, r"hidden: got shape \(3, 4\), expected \(3, 5\)"),
+    ],
+)
+def test_bad_arguments_of_log_ratio(change, message) -> None:
+    arguments: dict[str, Any] = make_head(3, 5, 17)
+    arguments |= {"ref_hidden": torch.randn(3, 4), "ref_weight": torch.randn(17, 4), **change}
+    with pytest.raises(ValueError, match=message):
+        linear_log_ratio(**arguments)
+
+
+def test_double_backward_raises() -> None:
+    head = make_head(3, 5, 17)
+    weight = head["weight"].requires_grad_()
+    out = linear_logprobs(**head).sum()
+    with pytest.raises(RuntimeError, match="linear_logprobs: double backward"):
+        torch.autograd.grad(out, weight, create_graph=True)
+    (first,) = torch.autograd.grad(out, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(out, weight)
+    assert torch.equal(first, second)
+
+
+def test_opcheck() -> None:
+    head = {name: each.requires_grad_(each.is_floating_point()) for name, each in make_head(3, 5, 17).items()}
+    inputs = head["hidden"], head["weight"], head["bias"], head["tokens"]
+    torch.library.opcheck(op._linear_logprobs, (*inputs, 0.7, 3.0))
+    half = inputs[0].detach().bfloat16(), inputs[1].detach().bfloat16().requires_grad_(), None, inputs[3]
+    torch.library.opcheck(op._linear_logprobs, (*half, 1.0, None))
+
+
+def test_compiles_whole_and_once_for_every_length() -> None:
+    def function(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+        ratio = linear_log_ratio(hidden, weight, hidden * 1.1, weight.detach(), tokens, temperature=0.7)
+        return ratio.square().sum() + logprobs(hidden @ weight.T, tokens).sum()
+
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager_decomp_partition")
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    weight = torch.randn(17, 5, requires_grad=True)
+    for rows in (6, 9, 13, 22):
+        hidden, tokens = torch.randn(2, rows, 5, requires_grad=True), torch.randint(0, 17, (2, rows))
+        results = []
+        for each in (function, compiled):
+            loss = each(hidden, weight, tokens)
+            results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert backend.frame_count == 2  # the first length, then any length
