@@ -40,8 +40,8 @@ class Sampler(LogitsProcessor):
 def uniforms(seed: int, stream: int, episodes: Sequence[int], length: int) -> Tensor:
     """(episodes, length) float64: a counter-based generator (Philox) keyed by (seed, episode) for each row."""
     rows = [
-        np.random.Generator(np.random.Philox(key=[seed, episode], counter=[0, 0, 0, stream])).random(length)
-        for episode in episodes
+        np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream])).random(length)
+        for key in (np.array([seed, episode], dtype=np.uint64) for episode in episodes)
     ]
     return torch.from_numpy(np.stack(rows))
 

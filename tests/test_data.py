@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
@@ -13,6 +14,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from klq_fast.config import InputError
 from klq_fast.data import Prompt, Prompts, load_prompts
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def test_lines_end_at_a_newline_and_nowhere_else(tmp_path: Path, tokenizer: PreT
 def test_chats(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     """A chat is rendered up to where the answer starts; an answer that is already there is the policy's to give."""
     asked = [chat(f"question {i}") for i in range(6)] + [chat("one", "two", "three")]
-    answered = [*messages, {"role": "assistant", "content": "SECRET"}] if (messages := asked[0]) else []
+    answered = [*asked[0], {"role": "assistant", "content": "SECRET"}]
     records = [{"messages": messages} for messages in (answered, *asked[1:])]
     prompts = load(tiny.write_jsonl(tmp_path / "chats.jsonl", records), chat_tokenizer)
     found = {prompt.text: prompt for prompt in prompts.train + prompts.heldout}
@@ -139,8 +145,8 @@ def test_bad_rows_of_the_datasets_library(tmp_path: Path, tokenizer: PreTrainedT
     Dataset.from_list([{"prompt": "a"}, {"prompt": ""}]).to_parquet(tmp_path / "data" / "data.parquet")
     with pytest.raises(InputError, match=r"data, train, row 1: prompt: got an empty text"):
         load(tmp_path / "data", tokenizer)
-    DatasetDict({"dev": Dataset.from_list(numbered(3))}).save_to_disk(tmp_path / "dev")
-    with pytest.raises(InputError, match=r"dev: got the splits \['dev'\], expected train"):
+    DatasetDict({"validation": Dataset.from_list(numbered(3))}).save_to_disk(tmp_path / "dev")
+    with pytest.raises(InputError, match=r"dev: got the splits \['validation'\], expected train"):
         load(tmp_path / "dev", tokenizer)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"dataset .*empty: could not be loaded"):

@@ -1,6 +1,7 @@
 """linear_logprobs and linear_log_ratio from hidden states."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,9 +107,9 @@ def test_chunks(monkeypatch, dtype, rows, chunk) -> None:
     monkeypatch.setattr(op, "_vocab_blocks", lambda weight: [slice(start, start + 64) for start in range(0, 513, 64)])
     ours = value_and_gradients(head, factors, temperature=0.7)
     # float32: sums of 24 or 513 products in another order; bfloat16: one unit in the last place of the result.
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-7, 1e-3)
     for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **tolerance)
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 
 def test_chunk_rows() -> None:
@@ -262,8 +263,14 @@ def test_memory_and_work() -> None:
     assert seen.flops == product
     assert chunk <= seen.peak < chunk + some
 
-    for frozen, products in (((), 4), (("weight", "bias"), 3), (("hidden", "bias"), 3), (("hidden", "weight"), 2)):
-        seen = watch(lambda frozen=frozen: value_and_gradients(head, torch.ones(rows), frozen))
+    cases: list[tuple[tuple[str, ...], int]] = [
+        ((), 4),
+        (("weight", "bias"), 3),
+        (("hidden", "bias"), 3),
+        (("hidden", "weight"), 2),
+    ]
+    for frozen, products in cases:
+        seen = watch(partial(value_and_gradients, head, torch.ones(rows), frozen))
         assert seen.flops == products * product, frozen
         gradients = whole_weight * ("weight" not in frozen) + 4 * rows * depth * ("hidden" not in frozen)
         assert chunk + gradients <= seen.peak < chunk + gradients + some, frozen

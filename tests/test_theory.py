@@ -139,7 +139,7 @@ def check_contraction(operator: Callable[[Tensor], Tensor], modulus: float, fixe
 def test_soft_action_value_satisfies_the_bellman_recursion(mdp: MDP) -> None:
     """Lemma A.1 (Eqs. 21–28): B^π Q^π = Q^π, with Q^π summed from its definition along rollouts.
 
-    Fails if the KL penalty is charged in s_t instead of s_{t+1}, lacks γ or τ, or is the reverse divergence.
+    Fails if the KL penalty is charged in s_t instead of s_{t+1}, or lacks γ or τ.
     """
     policy = random_policy()
     action_values = rollout_values(mdp, policy)
@@ -409,7 +409,7 @@ def maximise(objective: Callable[[Tensor], Tensor], states: Tensor, rate: float)
 def test_klq_iterates_equal_those_of_penalised_ppo(mdp: MDP, alpha: float, lam: float) -> None:
     """Proposition 4.1: five iterates of Eq. 15 in Q space are those of Eqs. 17–20 in (π, V) space, β = τ(1 − α)/α.
 
-    The two sides share nothing but the MDP. Q space: Q_{k+1} = α B_λ Q_k + (1 − α) Q_k (Eqs. 37, 89), B_λ under π[Q_k].
+    The sides share the MDP and the start. Q space: Q_{k+1} = α B_λ Q_k + (1 − α) Q_k (Eqs. 37, 89), B_λ under π[Q_k].
     (π, V) space: expected advantages from the TD errors of Eq. 14 (Eqs. 7, 16), the policy by ascent on the objective
     of Eq. 17 as it stands, the value by least squares on Eqs. 19 and 20, both weighted with the states that π_k visits.
     Fails for another β, for the other direction of either KL, for π_k in Eq. 20, or for λ-returns there without α.
@@ -443,8 +443,8 @@ def test_klq_iterates_equal_those_of_penalised_ppo(mdp: MDP, alpha: float, lam: 
         is_state = torch.eye(S, dtype=torch.float64).repeat_interleave(A, 0)  # the row of (s, a) picks V(s)
         values = torch.linalg.lstsq(weight * is_state, weight * target.view(-1, 1)).solution.squeeze(-1)  # Eq. 19
 
-        torch.testing.assert_close(action_values_of(mdp, policy, values), action_values, rtol=0, atol=1e-8)
-        torch.testing.assert_close(policy, boltzmann(mdp, action_values)[0], rtol=0, atol=1e-8)
+        torch.testing.assert_close(action_values_of(mdp, policy, values), action_values, rtol=0, atol=1e-10)
+        torch.testing.assert_close(policy, boltzmann(mdp, action_values)[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])

@@ -271,7 +271,7 @@ def test_the_gradient_vanishes_where_the_regression_ends(eos: int | None, weight
     end = table_gradients(tree, probs, logprobs, token_gradients(tree, logprobs, values, returns, **options))
     for before, after in zip(start, end, strict=True):
         assert before.abs().max() > 1e-2
-        assert after.abs().max() < 1e-13
+        assert after.abs().max() < 1e-12
 
 
 def descend(
@@ -335,7 +335,7 @@ def test_a_constant_reward_leaves_the_policy_at_the_reference(eos: int | None) -
     values = torch.full((len(tree.ref_logprobs),), constant, dtype=torch.float64)
     returns = targets(tree, tree.ref_logprobs, values, tau=tau, lam=0.95)
     for gradient in token_gradients(tree, tree.ref_logprobs, values, returns, tau=tau):
-        assert gradient.abs().max() < 1e-15
+        assert gradient.abs().max() < 1e-13
     wrong = torch.randn_like(values)
     moved, _ = descend(tree, tree.ref_logprobs, wrong, tau=tau, lam=0.95, rate=0.5, batches=1)
     assert (moved - tree.ref_logprobs).abs().max() > 1e-2

@@ -21,8 +21,8 @@ def watch(function: Callable[[], object]) -> Watched:
         if event.name() == "[memory]":
             held += event.nbytes()
             largest, peak = max(largest, event.nbytes()), max(peak, held)
-        elif event.name() in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
-            left, right = [shape for shape in event.shapes() if len(shape) > 1][-3:][-2:]
+        elif event.name() in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = event.shapes()[:2] if event.name() == "aten::mm" else event.shapes()[1:3]
             flops += 2 * prod(left) * right[-1]
     del result
     return Watched(largest, peak, flops)

@@ -14,7 +14,7 @@ from ..checks import (
     refuse_double_backward,
     resolve_impl,
 )
-from ..linear_logprob.op import check_head, head_pass
+from ..linear_logprob.op import check_head, check_head_numbers, head_pass
 from . import reference
 
 
@@ -212,6 +212,7 @@ class LinearKLQLoss(nn.Module):
     ):
         super().__init__()
         _check_numbers(tau, policy_weight, value_weight, None)
+        check_head_numbers(temperature, softcap)
         self.tau, self.policy_weight, self.value_weight, self.impl = tau, policy_weight, value_weight, impl
         self.temperature, self.softcap = temperature, softcap
 

@@ -1,9 +1,10 @@
 """λ-returns (KLQ) and GAE (PPO): one reverse scan over the valid tokens of each row or packed sequence.
 
-The torch path has no loop over time. Blocks of 16 tokens, anchored at each sequence's first valid token, are scanned by
-one matrix product with the Toeplitz matrix of powers of λγ; the scan over the blocks' first elements, 1/16 of the data,
-takes log2(blocks) shifted additions; one more product hands each block what follows it. Padded rows are blocks as they
-lie in memory; packed sequences are copied to blocks and back; a mask with holes is first squeezed into packed sequences.
+The torch path has no loop over time. Blocks of 16 tokens, anchored at each sequence's first valid token, are scanned
+by one matrix product with the Toeplitz matrix of powers of λγ; the scan over the blocks' first elements, 1/16 of the
+data, takes log2(blocks) shifted additions; one more product hands each block what follows it. Padded rows are blocks as
+they lie in memory; packed sequences are copied to blocks and back; holes in a mask are first squeezed out, which leaves
+packed sequences. A token's bits depend on its own sequence alone, so packed equals padded bitwise.
 """
 
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Impl, check_number, check_tensor, resolve_impl
+from ..checks import Impl, check_number, check_tensor, compute_dtype, resolve_impl
 from . import reference
 
 # 512×1024 fp32 on one core: the product takes 0.24 ms with blocks of 16, 0.39 with 32, 0.71 with 64, the scan over the
@@ -68,8 +69,8 @@ def lambda_returns(
         lam, gamma: λ and the discount, each in [0, 1].
         alpha: step towards the λ-return, in (0, 1].
         bootstrap: value of the state after the last valid token, for rows that were cut off; default 0 (terminal).
-        cu_seqlens: offsets of packed sequences: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] (exclusive);
-            starts at 0, ends at N. It may come with a mask (N,).
+        cu_seqlens: offsets of packed sequences: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. They
+            start at 0 and end at N. May come with a mask (N,).
         impl: "reference" is the loop over time, "torch" the fast path.
 
     Tensors may be float32, float64, bfloat16 or float16, on one device; results are float64 where log_ratio or values
@@ -94,7 +95,7 @@ def lambda_returns(
             bootstrap=bootstrap,
             cu_seqlens=cu_seqlens,
         )
-        dtype = _result_dtype(log_ratio, values)
+        dtype = compute_dtype(log_ratio, values)
         returns, action_values, td_errors, advantages = (x.to(dtype) for x in results)
         return LambdaReturns(returns, action_values, td_errors, advantages)
     scan = _scan_op if torch.compiler.is_compiling() else _scan
@@ -132,7 +133,7 @@ def gae(
         advantages, returns = reference.gae(
             rewards, values, mask, lam=lam, gamma=gamma, bootstrap=bootstrap, cu_seqlens=cu_seqlens
         )
-        dtype = _result_dtype(None, values)
+        dtype = compute_dtype(values)
         return advantages.to(dtype), returns.to(dtype)
     scan = _scan_op if torch.compiler.is_compiling() else _scan
     buffer = scan(None, values, rewards, mask, bootstrap, cu_seqlens, 1.0, float(lam), float(gamma), 1.0)
@@ -184,14 +185,9 @@ def _check_offsets(cu_seqlens: Tensor | None, values: Tensor) -> None:
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != total:
-        raise ValueError(f"cu_seqlens: got offsets from {first} to {last}, expected 0 to {total} (the length of values)")
+        raise ValueError(f"cu_seqlens: got offsets from {first} to {last}, expected 0 to {total} (tokens in values)")
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens: got falling offsets {cu_seqlens.tolist()}, expected a non-decreasing sequence")
-
-
-def _result_dtype(log_ratio: Tensor | None, values: Tensor) -> torch.dtype:
-    double = values.dtype == torch.float64 or (log_ratio is not None and log_ratio.dtype == torch.float64)
-    return torch.float64 if double else torch.float32
 
 
 def _scan(
@@ -208,16 +204,16 @@ def _scan(
 ) -> Tensor:
     """G, Q, Δ, δ: the first N = values.numel() slots of the four rows of one (4, N + 16) buffer.
 
-    One buffer, because returning and fetching 4 × 2 MB anew from the system costs up to 4 ms in page faults, and glibc
-    keeps one freed block where it gives several back. Slot N of a row takes what has no place: the rewards of sequences
-    without tokens, the ends of blocks. On CUDA nothing here waits for the device.
+    One buffer, since glibc hands four freed blocks of 2 MB (512×1024) back to the system but keeps one of 8 MB, and
+    2000 page faults cost up to 4 ms where the scan takes 1. The 16 spare slots take what has no place: the last rewards
+    of sequences without tokens, the ends of partly filled blocks. On CUDA nothing here waits for the device.
     """
     _check_offsets(cu_seqlens, values)
     shape, device = values.shape, values.device
-    N, dtype = values.numel(), _result_dtype(log_ratio, values)
+    N, dtype = values.numel(), compute_dtype(log_ratio, values)
     buffer = torch.empty(4, N + 16, dtype=dtype, device=device)
     if N == 0:
-        return buffer
+        return buffer.zero_()
     per_token = rewards.shape == shape
     V, r = values.to(dtype).reshape(-1), rewards.to(dtype).reshape(-1)
     log_ratio = None if log_ratio is None else log_ratio.to(dtype).reshape(-1)
@@ -227,7 +223,7 @@ def _scan(
     # are squeezed out, N if it is one; `shortest` is the number of columns that are valid in every row.
     work, home, offsets, shortest = buffer, None, None, N
     if cu_seqlens is None and (mask is None or (not mask.is_cuda and _right_padded(mask))):
-        B, T = shape
+        T = shape[1]
         last = torch.arange(T - 1, N, T, device=device)
         if mask is not None:
             lengths = mask.view(torch.uint8).sum(1, dtype=torch.int64)
@@ -256,8 +252,9 @@ def _scan(
         torch.add(Q[:N], advantages[:N], out=returns[:N])
     else:
         torch.addcmul(Q[:N], advantages[:N], _scalar(alpha, Q), out=returns[:N])
+    work[:, N:] = 0.0
     if home is not None:
-        work[:, N] = 0.0
+        buffer[:, N:] = 0.0
         for source, result in zip(work.unbind(), buffer.unbind(), strict=True):
             torch.index_select(source, 0, home, out=result[:N])
     return buffer
@@ -308,7 +305,7 @@ def _td_errors(
 
 
 def _scalar(x: float, like: Tensor) -> Tensor:
-    """For addcmul, one pass over memory for a product and a sum; add(alpha=) would be one too, at (N,) alpha only."""
+    """A factor for addcmul, which multiplies and adds in one pass over memory."""
     return torch.full((), x, dtype=like.dtype, device=like.device)
 
 
@@ -343,7 +340,7 @@ def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float, out: Tensor)
     lengths = offsets.diff()
     blocks = (lengths + (BLOCK - 1)) // BLOCK  # per sequence
     ends = blocks.cumsum(0)
-    longest = max(N // BLOCK, 1) if offsets.is_cuda else int(blocks.max())
+    longest = -(-N // BLOCK) if offsets.is_cuda else int(blocks.max())
     # At least ends[-1] and known without asking the device; one more sequence, of no tokens, takes the spare blocks.
     count = max(N // BLOCK + lengths.shape[0], MIN_BLOCKS)
     blocks = torch.cat([blocks, count - ends[-1:]])
@@ -377,8 +374,9 @@ def _scan_blocks(
 ) -> Tensor:
     """Δ in the layout of `blocks`, which hold δ; every sequence starts at a block and its last block ends in zeros.
 
-    The sums are trees of depth log2(T): fp32 is off by at most about 5e-7 of Σ_k (λγ)^k |δ_{t+k}|, measured at
-    T = 32768. On CUDA the product is taken in fp64, since fp32 may mean TF32 there.
+    Sums of 16 terms, then trees of depth log2(T / 16): at T = 32768 fp32 was off by at most 3.4e-7 of
+    Σ_k (λγ)^k |δ_{t+k}| for λγ = 0.5 and 5.7e-8 for λγ = 1. On CUDA the product is taken in fp64, since fp32 may mean
+    TF32 there.
     """
     matrix, carry_weights = _powers(factor, torch.float64 if blocks.is_cuda else blocks.dtype, blocks.device)
     # `out=` keeps the product out of autocast's reach
@@ -387,9 +385,9 @@ def _scan_blocks(
     rows = 1 if remaining is not None else blocks.shape[0] // longest
     first = scanned[:, 0].contiguous()
     table = first[: rows * longest].view(rows, -1) if remaining is None else first[None]
-    shift, tiny = 1, torch.finfo(matrix.dtype).tiny
+    shift, tiny = 1, torch.finfo(matrix.dtype).tiny  # table[i] is the scan over the `shift` blocks from i on
     while shift < longest and (weight := factor ** (BLOCK * shift)) > tiny:
-        table[:, :-shift] += weight * _following(table, shift, remaining)  # table[i]: the sum over 2 · shift blocks from i
+        table[:, :-shift] += weight * _following(table, shift, remaining)
         shift *= 2
     carry = torch.zeros_like(first)
     if longest > 1:
@@ -441,4 +439,4 @@ _scan_op = torch.library.custom_op("klq_fast::lambda_returns", _scan, mutates_ar
 
 @_scan_op.register_fake
 def _(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, tau, lam, gamma, alpha):
-    return torch.empty(4, values.numel() + 16, dtype=_result_dtype(log_ratio, values), device=values.device)
+    return torch.empty(4, values.numel() + 16, dtype=compute_dtype(log_ratio, values), device=values.device)

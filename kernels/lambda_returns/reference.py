@@ -5,6 +5,7 @@ one row, so there is one recurrence to read in each function.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -113,8 +114,7 @@ def _each_sequence(
 ) -> list[Tensor]:
     """Applies `function` to one packed sequence at a time, as a batch of one row, and packs what it returns."""
     results = []
-    offsets = cu_seqlens.tolist()
-    for s, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         one = slice(start, end)
         results.append(
             function(

@@ -101,6 +101,10 @@ def check_head(
     if bias is not None:
         shape = (weight.shape[0],)
         check_tensor(f"{prefix}bias", bias, shape=shape, like=f"V of {prefix}weight", device=weight.device)
+    check_head_numbers(temperature, softcap)
+
+
+def check_head_numbers(temperature: float, softcap: float | None) -> None:
     check_number("temperature", temperature, low=0.0, open_low=True)
     if softcap is not None:
         check_number("softcap", softcap, low=0.0, open_low=True)
