@@ -8,81 +8,114 @@ from torch import Tensor, nn
 
 from .batch import Rollout
 from .distributed import all_sum
-from .kernels.checks import Impl, check_number, check_tensor, resolve_impl
+from .kernels.checks import Impl, check_number, check_tensor, compute_dtype, resolve_impl
 from .kernels.lambda_returns.op import gae
 from .kernels.linear_logprob.op import linear_logprobs
 
 if TYPE_CHECKING:
     from .config import Config
 
+MAX_LOG_RATIO = 80.0  # e^89 overflows float32, and the clipped branch would then have the gradient 0 · inf
+
 
 class PPOLossOutput(NamedTuple):
-    loss: Tensor  # 0-d, carries gradients to logprobs and values
-    metrics: dict[str, Tensor]  # 0-d tensors without gradient, each a mean over the valid tokens
+    loss: Tensor  # ()
+    metrics: dict[str, Tensor]  # () each, detached; means over the valid tokens, 0 where there are none
 
 
 def ppo_loss(
     logprobs: Tensor,  # (…)
-    old_logprobs: Tensor,  # like logprobs
-    values: Tensor,  # like logprobs
-    old_values: Tensor,  # like logprobs
-    advantages: Tensor,  # like logprobs
-    returns: Tensor,  # like logprobs
-    mask: Tensor | None = None,  # bool, like logprobs
+    old_logprobs: Tensor,  # (…)
+    values: Tensor,  # (…)
+    old_values: Tensor,  # (…)
+    advantages: Tensor,  # (…)
+    returns: Tensor,  # (…)
+    mask: Tensor | None = None,  # (…) bool
     *,
     clip: float = 0.2,
     value_clip: float = 0.2,
     value_coef: float = 0.1,
-    num_tokens: int | float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> PPOLossOutput:
-    """PPO-clip with value clipping: Algorithm 1 of arXiv 2508.17000 (appendix B), per valid token t
+    """PPO-clip with value clipping (arXiv 2508.17000, Algorithm 1): Σ_valid (L_π + value_coef · L_V) / num_tokens with
 
-        ρ   = exp(log π(a_t|s_t) − log π_old(a_t|s_t))
-        L_π = max(−Â ρ, −Â clip(ρ, 1 − clip, 1 + clip))
+        ρ   = exp(log π − log π_old)
+        L_π = max(−Â ρ, −Â · clip(ρ, 1 − clip, 1 + clip))
         L_V = max((V − R)², (clip(V, V_old − value_clip, V_old + value_clip) − R)²)
 
-    with Â = `advantages` and R = `returns`, both fixed; loss = Σ_valid (L_π + value_coef · L_V) / num_tokens. The paper
-    has no factor ½ before the square.
+    (the squares without the factor ½ of some other implementations). Gradients reach logprobs and values alone.
+
+    logprobs, old_logprobs: log π(token) and log π_old(token), in nats; values, old_values: V(s_t) now and at the
+    rollout; advantages, returns: Â and R as `gae` gives them (Â whitened or not); each (…), floating point. mask: (…)
+    bool, None for all valid; an invalid slot is never read, NaN there does no harm. clip, value_clip: half-widths, > 0,
+    of the intervals for ρ and (in units of V) for V. value_coef: ζ, ≥ 0. num_tokens: what the sum is divided by, for
+    instance the number of valid tokens of all devices and microbatches together (a number above 0, or a 0-d tensor,
+    whose value is not checked); None for the number of valid tokens here, and a loss of 0 where there are none.
+    impl: a few elementwise operations on one number per token are specification and fast path at once (the logits they
+    come from are 50,000 times larger), so "reference", "torch" and "auto" are the same function.
+
+    Returns the loss (0-d) and the metrics, computed without a host sync: policy_loss and value_loss (means of L_π and
+    L_V), clip_fraction and value_clip_fraction (shares of the tokens where the clipped term is the larger and the
+    gradient stops), approx_kl (mean of ρ − 1 − log ρ, an estimate of KL(π_old‖π)), values and returns (means of V and
+    R). All float32, or float64 where an argument is float64.
+    Raises ValueError for wrong shapes, dtypes and devices, and for numbers out of range.
     """
     check_tensor("logprobs", logprobs)
-    shape = tuple(logprobs.shape)
-    for name, value in (
-        ("old_logprobs", old_logprobs),
-        ("values", values),
-        ("old_values", old_values),
-        ("advantages", advantages),
-        ("returns", returns),
-    ):
-        check_tensor(name, value, shape=shape, like="logprobs", device=logprobs.device)
+    others = {
+        "old_logprobs": old_logprobs,
+        "values": values,
+        "old_values": old_values,
+        "advantages": advantages,
+        "returns": returns,
+    }
+    shape, device = tuple(logprobs.shape), logprobs.device
+    for name, value in others.items():
+        check_tensor(name, value, shape=shape, like="logprobs", device=device)
     if mask is not None:
-        check_tensor("mask", mask, shape=shape, like="logprobs", dtypes=(torch.bool,), device=logprobs.device)
+        check_tensor("mask", mask, shape=shape, like="logprobs", dtypes=(torch.bool,), device=device)
     check_number("clip", clip, low=0.0, open_low=True)
     check_number("value_clip", value_clip, low=0.0, open_low=True)
     check_number("value_coef", value_coef, low=0.0)
-    resolve_impl(impl, logprobs.device)
+    if isinstance(num_tokens, Tensor):
+        counts = (torch.int64, torch.int32, torch.float32, torch.float64)
+        check_tensor("num_tokens", num_tokens, shape=(), dtypes=counts)
+    elif num_tokens is not None:
+        check_number("num_tokens", num_tokens, low=0.0, open_low=True)
+    resolve_impl(impl, device)
 
-    inputs = [logprobs, old_logprobs.detach(), values, old_values.detach(), advantages.detach(), returns.detach()]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    if mask is not None:  # a masked slot may hold anything: replaced before it is used, so its gradient is 0, not NaN
-        inputs = [torch.where(mask, x, 0.0) for x in inputs]
-    logprobs, old_logprobs, values, old_values, advantages, returns = (x.to(dtype) for x in inputs)
-    count = mask.sum().clamp(min=1) if mask is not None else max(logprobs.numel(), 1)
+    dtype = compute_dtype(logprobs, *others.values())
 
-    log_ratio = logprobs - old_logprobs
+    def read(x: Tensor) -> Tensor:  # invalid slots become 0 before anything is computed, so their gradient is 0
+        return (x if mask is None else torch.where(mask, x, 0.0)).to(dtype)
+
+    logprobs, values = read(logprobs), read(values)
+    old_logprobs, old_values, advantages, returns = (
+        read(x.detach()) for x in (old_logprobs, old_values, advantages, returns)
+    )
+    log_ratio = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    policy_losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    clipped_values = values.clamp(old_values - value_clip, old_values + value_clip)
-    value_losses = torch.maximum((values - returns).square(), (clipped_values - returns).square())
-    loss = (policy_losses + value_coef * value_losses).sum() / (count if num_tokens is None else num_tokens)
+    policy_unclipped = -advantages * ratio
+    policy_clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    policy_losses = torch.maximum(policy_unclipped, policy_clipped)
+    value_unclipped = (values - returns).square()
+    value_clipped = (values.clamp(old_values - value_clip, old_values + value_clip) - returns).square()
+    value_losses = torch.maximum(value_unclipped, value_clipped)
+
+    valid_tokens = torch.full((), logprobs.numel(), device=device) if mask is None else mask.numel() + 0 * mask.sum()
+    valid_tokens = valid_tokens.clamp(min=1)
+    loss = (policy_losses + value_coef * value_losses).sum() / (valid_tokens if num_tokens is None else num_tokens)
     with torch.no_grad():
-        metrics = {
-            "policy_loss": policy_losses.sum() / count,
-            "value_loss": value_losses.sum() / count,
-            "clip_fraction": ((ratio - 1).abs() > clip).sum() / count,
-            "value_clip_fraction": ((values - old_values).abs() > value_clip).sum() / count,
-            "approx_kl": (ratio - 1 - log_ratio).sum() / count,
+        sums = {
+            "policy_loss": policy_losses,
+            "value_loss": value_losses,
+            "clip_fraction": policy_clipped > policy_unclipped,
+            "value_clip_fraction": value_clipped > value_unclipped,
+            "approx_kl": ratio - 1 - log_ratio,
+            "values": values,
+            "returns": returns,
         }
+        metrics = {name: x.sum(dtype=dtype) / valid_tokens for name, x in sums.items()}
     return PPOLossOutput(loss, metrics)
 
 

@@ -237,6 +237,8 @@ def test_no_valid_token(make, impl, shape) -> None:
     assert all(metric == 0 for metric in out.metrics.values())
     assert all((gradient == 0).all() for gradient in gradients.values())
     assert {name: each.shape for name, each in gradients.items()} == {n: arguments[n].shape for n in gradients}
+    counted = run(arguments, impl=impl, num_tokens=arguments["mask"].sum())
+    assert_same(counted, (out, gradients), rtol=0, atol=0)
     del arguments["mask"]
     if 0 in shape:
         assert run(arguments, impl=impl)[0].loss == 0

@@ -239,6 +239,13 @@ def test_leading_shapes_strides_and_mixed_dtypes() -> None:
     for mine, exact in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, exact, rtol=2**-7 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
+    # float64 in either of the two makes all of it float64.
+    for pair in ((hidden.float(), weight.double()), (hidden.double(), weight)):
+        out64 = linear_logprobs(*pair, tokens, bias=bias)
+        torch.testing.assert_close(out64, expected, rtol=1e-13, atol=1e-13)
+        ours = torch.autograd.grad(out64.square().sum(), pair)
+        assert [each.dtype for each in ours] == [each.dtype for each in pair]
+
     one = linear_logprobs(hidden[0, 0], weight, tokens[0, 0], bias=bias)
     torch.testing.assert_close(one, out[0, 0])
     assert linear_logprobs(hidden[:, :0], weight, tokens[:, :0]).shape == (4, 0)

@@ -402,7 +402,8 @@ def rolled(folder: Path, request: pytest.FixtureRequest) -> tuple[Generator, Pol
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 100_000])
 def test_logprobs_and_values(rolled: tuple[Generator, Policy, Rollout], folder: Path, max_tokens: int) -> None:
-    """Against fp64 passes of single rows. Log-probs of size 20 after two layers in fp32: 2e-4 is 100 roundings."""
+    """Against fp64 passes of single rows. fp32 errs by up to 7e-6 in log-probs of size 8 after two layers; 5e-5 leaves
+    room for another machine's order of sums."""
     generator, reference, rollout = rolled
     precise = copy.deepcopy(generator.policy).double()
     truth = [directly(precise, rollout, row) for row in range(len(rollout))]
@@ -411,8 +412,8 @@ def test_logprobs_and_values(rolled: tuple[Generator, Policy, Rollout], folder: 
     assert result.logprobs.dtype == result.values.dtype == torch.float32
     for row, (logprobs, values) in enumerate(truth):
         count = len(logprobs)
-        assert (result.logprobs[row, :count] - logprobs).abs().max() < 2e-4
-        assert (result.values[row, :count] - values).abs().max() < 2e-4
+        assert (result.logprobs[row, :count] - logprobs).abs().max() < 5e-5
+        assert (result.values[row, :count] - values).abs().max() < 5e-5
     for name in ("logprobs", "ref_logprobs", "values"):
         assert (getattr(result, name)[~rollout.mask] == 0).all()
     # A policy equal to its reference: bit for bit the same.
@@ -428,7 +429,7 @@ def test_microbatches_change_nothing_beyond_rounding(rolled: tuple[Generator, Po
     for max_tokens in (1, 40, 80):
         parts = with_logprobs(rollout, generator.policy, reference, max_tokens)
         for name in ("logprobs", "ref_logprobs", "values"):
-            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=2e-5, rtol=0)
 
 
 def test_the_reference_is_another_model(rolled: tuple[Generator, Policy, Rollout]) -> None:
@@ -443,7 +444,7 @@ def test_the_reference_is_another_model(rolled: tuple[Generator, Policy, Rollout
             logprobs, _ = directly(generator.policy, rollout, row)
             ref_logprobs, _ = directly(reference, rollout, row)
             found = result.log_ratio[row, : len(logprobs)]
-            assert (found - (logprobs - ref_logprobs)).abs().max() < 4e-4
+            assert (found - (logprobs - ref_logprobs)).abs().max() < 1e-4
         assert result.log_ratio.abs().max() > 0.1
     finally:
         with torch.no_grad():

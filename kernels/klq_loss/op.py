@@ -43,7 +43,7 @@ def klq_loss(
     (…), floating point. mask: (…) bool, None for all valid; an invalid slot is never read, NaN there does no harm.
     tau: the KL coefficient, in reward per nat. num_tokens: what the sum is divided by, for instance the number of
     valid tokens of all devices and microbatches together (a number above 0, or a 0-d tensor, whose value is not
-    checked); None for the number of valid tokens here, and a loss of 0 where there are none.
+    checked); None for the number of valid tokens here. A count of 0 gives loss 0.
     policy_weight and value_weight (≥ 0) multiply the gradients 2τ(Q − G) and 2(Q − G) that reach logprobs and values;
     the loss value does not change. No gradient reaches ref_logprobs and returns.
 
@@ -292,11 +292,11 @@ def _loss_gradient(residuals: Tensor, inverse_count: Tensor, factor: float) -> T
 
 
 def _inverse_count(num_tokens: Tensor | None, mask: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """1 / num_tokens, or 1 / max(1, number of valid tokens), as a 0-d tensor: no host sync."""
+    """1 / num_tokens as a 0-d tensor, by default 1 / number of valid tokens; 0 for 1 / 0. No host sync."""
     if num_tokens is None:
         num_tokens = torch.full((), size, device=like.device) if mask is None else mask.sum()
-        num_tokens = num_tokens.clamp(min=1)
-    return num_tokens.detach().to(like.device, torch.float64).reciprocal().to(like.dtype)
+    num_tokens = num_tokens.detach().to(like.device, torch.float64)
+    return torch.where(num_tokens == 0, 0, num_tokens.reciprocal()).to(like.dtype)
 
 
 def _metrics(

@@ -34,8 +34,8 @@ def klq_loss(
     action_values = tau * log_ratio + _weighted_gradient(values[valid].to(dtype), value_weight)
     residuals = action_values - returns[valid].detach().to(dtype)
     if num_tokens is None:
-        num_tokens = max(residuals.numel(), 1)
-    loss = residuals.square().sum() / num_tokens
+        num_tokens = residuals.numel()
+    loss = residuals.square().sum() / (num_tokens if num_tokens != 0 else 1)  # without a valid token, 0
     valid_logprobs = torch.zeros_like(logprobs, dtype=dtype).masked_scatter(valid, log_policy.detach())
     return loss, valid_logprobs
 

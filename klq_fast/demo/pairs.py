@@ -1,10 +1,11 @@
-"""(function signature → first docstring sentence) pairs from the Python standard library: real text on every machine."""
+"""(function signature → first docstring sentence) pairs from the Python standard library's sources."""
 
 import ast
 import hashlib
 import re
 import sysconfig
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Pair(NamedTuple):
 class Pairs(NamedTuple):
     train: list[Pair]
     heldout: list[Pair]
+    more: list[Pair]  # later sentences of the same docstrings, and those of classes and modules: text to learn from
 
 
 def stdlib_sources() -> list[Path]:
@@ -33,46 +35,55 @@ def stdlib_sources() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def first_sentence(docstring: str) -> str | None:
-    """The docstring's first sentence on one line, or None where it is no plain English sentence of useful length."""
-    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    if paragraph[-1:].isalnum():  # a one-line docstring without its full stop
-        paragraph += "."
-    match = re.match(r"[A-Z][a-z].*?(?<!e\.g)(?<!i\.e)(?<!vs)\.(?=\s|$)", paragraph)
-    if match is None:
-        return None
-    sentence = match.group()
+def sentences(paragraph: str) -> Iterator[str]:
+    """Each plain English sentence of useful length, on one line, with the space before it that begins a response."""
+    text = " ".join(paragraph.split())
+    if text[-1:].isalnum():  # a one-line docstring without its full stop
+        text += "."
     shortest, longest = SENTENCE_CHARACTERS
-    words = re.findall(r"[A-Za-z']+", sentence)
-    prose = sum(map(len, words)) + sentence.count(" ")
-    if not (shortest <= len(sentence) <= longest and sentence.isascii() and len(words) >= 3):
-        return None
-    return sentence if prose >= 0.85 * len(sentence) else None
+    for sentence in re.split(r"(?<=[.!?:])(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)\s", text):
+        words = re.findall(r"[A-Za-z']+", sentence)
+        prose = sum(map(len, words)) + sentence.count(" ")
+        whole = re.match(r"[A-Z][a-z].*\.$", sentence) and shortest <= len(sentence) <= longest and sentence.isascii()
+        # else code, a table or the beginning of a list
+        yield " " + sentence if whole and len(words) >= 3 and prose >= 0.85 * len(sentence) else ""
 
 
-def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    for node in ast.walk(function.args):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return f"def {function.name}({ast.unparse(function.args)}):"
+def _heading(node: ast.AST) -> str:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"class {node.name}:" if isinstance(node, ast.ClassDef) else ""
+    for child in ast.walk(node.args):
+        if isinstance(child, ast.arg):
+            child.annotation = None
+    return f"def {node.name}({ast.unparse(node.args)}):"
 
 
-def pairs_of(source: bytes) -> list[Pair]:
-    """Every pair of one file, in the file's order; a file that this interpreter cannot parse has none."""
+def pairs_of(source: bytes) -> tuple[list[Pair], list[Pair]]:
+    """One file's pairs, and the further sentences of its docstrings; nothing of a file that does not parse here."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # sources kept for other Python versions
-        return []
-    pairs = []
+        return [], []
+    first: list[Pair] = []
+    more: list[Pair] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
-            sentence = first_sentence(docstring)
-            if sentence is not None and len(prompt := _signature(node)) <= PROMPT_CHARACTERS:
-                pairs.append(Pair(prompt, " " + sentence))
-    return pairs
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            continue
+        docstring = ast.get_docstring(node)
+        heading = _heading(node) if docstring else ""
+        if not docstring or len(heading) > PROMPT_CHARACTERS:
+            continue
+        for index, sentence in enumerate(s for paragraph in docstring.split("\n\n") for s in sentences(paragraph)):
+            if sentence:
+                (first if index == 0 and heading.startswith("def ") else more).append(Pair(heading, sentence))
+    return first, more
 
 
-def _split(pairs: list[Pair]) -> Pairs:
+def _words(text: str) -> str:
+    return re.sub(r"[^a-z]+", " ", text.lower())
+
+
+def _split(pairs: list[Pair], more: list[Pair]) -> Pairs:
     """Held-out pairs share neither a signature nor a sentence (up to case, digits and punctuation) with training."""
     parent: dict[str, str] = {}
 
@@ -83,19 +94,29 @@ def _split(pairs: list[Pair]) -> Pairs:
         return key
 
     for prompt, sentence in pairs:
-        parent[find(prompt)] = find(re.sub(r"[^a-z]+", " ", sentence.lower()))
+        parent[find(prompt)] = find(_words(sentence))
     groups: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[find(pair.prompt)].append(pair)
-    train, heldout = [], []
+    train: list[Pair] = []
+    heldout: list[Pair] = []
     for group in groups.values():
         digest = hashlib.sha256(group[0].prompt.encode()).digest()
         drawn = int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
         (heldout if drawn and len(group) <= LARGEST_HELD_OUT_GROUP else train).extend(group)
-    return Pairs(train, heldout)
+    unseen = {pair.prompt for pair in heldout} | {_words(pair.sentence) for pair in heldout}
+    known = set(train)
+    more = [pair for pair in more if not {pair.prompt, _words(pair.sentence)} & unseen and pair not in known]
+    return Pairs(train, heldout, more)
 
 
 def collect() -> Pairs:
     """About 5,000 distinct pairs, split by function; the same interpreter gives the same lists in the same order."""
-    distinct = dict.fromkeys(pair for path in stdlib_sources() for pair in pairs_of(path.read_bytes()))
-    return _split(list(distinct))
+    files = [pairs_of(path.read_bytes()) for path in stdlib_sources()]
+    first, more = (list(dict.fromkeys(pair for file in files for pair in file[part])) for part in (0, 1))
+    if len(first) < 1000:
+        raise RuntimeError(
+            f"the demo needs the Python standard library's sources: found {len(first)} documented functions under "
+            f"{sysconfig.get_path('stdlib')}, expected about 5,000; train on your own prompts with --dataset instead"
+        )
+    return _split(first, more)

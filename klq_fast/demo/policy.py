@@ -1,4 +1,4 @@
-"""The demo's tokenizer and its policy before reinforcement learning: a small GPT-NeoX that writes docstring sentences."""
+"""The demo's tokenizer, and its policy before reinforcement learning: a small GPT-NeoX that writes docstrings."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,12 +9,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from .pairs import Pair
+from .pairs import Pair, Pairs
 
 if TYPE_CHECKING:
     from .prepare import DemoConfig
 
-IGNORED = -100  # cross_entropy's label for positions without loss
 Track = Callable[..., Iterator[Any]]
 
 
@@ -62,7 +61,7 @@ def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
     blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers." in name)]
     return [
-        torch.optim.Muon(blocks, lr=10 * learning_rate, weight_decay=0.1),
+        torch.optim.Muon(blocks, lr=10 * learning_rate, weight_decay=0.3),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -85,9 +84,12 @@ def learning_rate_share(index: int, steps: int, warmup: int = 40) -> float:
 
 
 def train_policy(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", track: Track
+    pairs: Pairs, tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", track: Track
 ) -> GPTNeoXForCausalLM:
-    """Supervised fine-tuning from random weights, with the loss on the response and its end-of-sequence token."""
+    """Supervised fine-tuning from random weights: first on all docstring sentences, then on the pairs alone.
+
+    The signature's tokens count a little in the loss too: what names are made of helps with what is said of them.
+    """
     torch.manual_seed(config.seed)
     generator = random.Random(config.seed)
     policy = GPTNeoXForCausalLM(
@@ -108,19 +110,28 @@ def train_policy(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
-    responses = [ids + [tokenizer.eos_token_id] for ids in tokenizer([pair.sentence for pair in pairs])["input_ids"]]
+    texts = [*pairs.train, *pairs.more]
+    # A module's sentences have no signature; the end of an earlier text stands before them.
+    prompts = [ids or [tokenizer.eos_token_id] for ids in tokenizer([pair.prompt for pair in texts])["input_ids"]]
+    responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([pair.sentence for pair in texts])["input_ids"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    batches = token_batches(lengths, config.policy_rows, generator)
     steps, optims = config.policy_steps, optimizers(policy, config.policy_learning_rate)
+    everything = token_batches(lengths, config.policy_rows, generator)
+    task = token_batches(lengths[: len(pairs.train)], config.policy_rows, generator)
     for index in track(range(steps), "training the policy on docstrings", steps):
-        batch = next(batches)
-        tokens = right_padded([prompts[row] + responses[row] for row in batch], tokenizer.pad_token_id)  # (B, S)
-        labels = right_padded([[IGNORED] * len(prompts[row]) + responses[row] for row in batch], IGNORED)[:, 1:]
+        batch = next(everything if index < config.general_share * steps else task)
+        rows = [prompts[row] + responses[row] for row in batch]
+        tokens = right_padded(rows, tokenizer.pad_token_id)  # (B, S)
+        weights = torch.zeros(tokens.shape)
+        for weight, row in zip(weights, batch, strict=True):
+            weight[: lengths[row]] = 1.0
+            weight[: len(prompts[row])] = config.prompt_weight
+        counted = weights[:, 1:] > 0
         hidden = policy.gpt_neox(input_ids=tokens[:, :-1]).last_hidden_state  # (B, S - 1, D)
-        counted = labels != IGNORED
         logits = policy.get_output_embeddings()(hidden[counted])
-        step(policy, optims, nn.functional.cross_entropy(logits, labels[counted]), learning_rate_share(index, steps))
+        losses = nn.functional.cross_entropy(logits, tokens[:, 1:][counted], reduction="none")
+        loss = (losses * weights[:, 1:][counted]).sum() / weights[:, 1:].sum()
+        step(policy, optims, loss, learning_rate_share(index, steps))
     # top_k = 0: the whole distribution, as reinforcement learning needs it; transformers would keep the best 50.
     policy.generation_config = GenerationConfig(
         do_sample=True,

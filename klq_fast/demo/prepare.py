@@ -31,13 +31,15 @@ class DemoConfig:
 
     seed: int = 0
     pairs: int | None = None  # use only the first so many training and held-out pairs
-    vocab_size: int = 1024
+    vocab_size: int = 3072  # most words whole: with 1024 the samples are full of words that do not exist
     hidden_size: int = 96
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     policy_steps: int = 650
     policy_rows: int = 24  # pairs per optimizer step
-    policy_learning_rate: float = 4e-3
+    policy_learning_rate: float = 6e-3
+    general_share: float = 0.65  # of the steps, on all docstring sentences; the rest on the pairs alone
+    prompt_weight: float = 0.3  # of the signature's tokens in the loss
     reward_steps: int = 450
     reward_rows: int = 8  # prompts per optimizer step, each with one human sentence and several worse ones
     reward_learning_rate: float = 1e-3
@@ -99,8 +101,8 @@ def _tracker(progress: Callable[[str], None]) -> Callable[[Iterable[Item], str, 
 
 
 def _write_prompts(folder: Path, pairs: Pairs) -> None:
-    """train.jsonl and heldout.jsonl with each distinct prompt once; pairs.json keeps the human sentences."""
-    for name, part in pairs._asdict().items():
+    """prompts.jsonl and heldout.jsonl with each distinct prompt once; pairs.json keeps the human sentences."""
+    for name, part in (("prompts", pairs.train), ("heldout", pairs.heldout)):
         lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in dict.fromkeys(pair.prompt for pair in part))
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "pairs.json").write_text(json.dumps(pairs._asdict()))
@@ -132,14 +134,14 @@ def prepare(
         progress("demo: reading signatures and docstrings from the Python standard library")
         pairs = collect()
         if config.pairs is not None:
-            pairs = Pairs(pairs.train[: config.pairs], pairs.heldout[: config.pairs])
+            pairs = Pairs(*(part[: config.pairs] for part in pairs))
         with _atomically(data) as folder:
             _write_prompts(folder, pairs)
     if not policy_folder.exists():
         pairs = _read_pairs(data)
         with torch.random.fork_rng(devices=[]), _atomically(policy_folder) as folder:
             tokenizer = train_tokenizer(pairs.train, config.vocab_size)
-            policy = train_policy(pairs.train, tokenizer, config, track)
+            policy = train_policy(pairs, tokenizer, config, track)
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     if not reward_folder.exists():
@@ -151,4 +153,4 @@ def prepare(
             reward_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         progress(f"demo: ready in {root}")
-    return DemoPaths(policy_folder, reward_folder, data / "train.jsonl", data / "heldout.jsonl")
+    return DemoPaths(policy_folder, reward_folder, data / "prompts.jsonl", data / "heldout.jsonl")
