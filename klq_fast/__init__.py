@@ -20,7 +20,7 @@ from .kernels.klq_loss.op import KLQLoss, KLQLossOutput, LinearKLQLoss, klq_loss
 from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns
 from .kernels.linear_logprob.op import linear_log_ratio, linear_logprobs
 from .kernels.log_ratio.op import log_ratio, logprobs
-from .ppo import PPOLossOutput, ppo_loss
+from .kernels.ppo_loss.op import PPOLossOutput, ppo_loss
 
 __all__ = [
     "KLQLoss",

@@ -191,6 +191,21 @@ def test_weights_scale_gradients_and_leave_the_loss(make, impl) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("make", [make_plain, make_linear])
+def test_what_carries_no_gradient(make, impl) -> None:
+    arguments = make()
+    targets = [arguments[name].requires_grad_() for name in ("ref_logprobs", "returns")]
+    function = klq_loss if make is make_plain else linear_klq_loss
+    assert not function(**arguments, tau=0.3, impl=impl).loss.requires_grad
+    arguments["values"].requires_grad_()
+    out = function(**arguments, tau=0.3, impl=impl)
+    assert not any(each.requires_grad for each in (out.logprobs, *out.metrics.values()))
+    out.loss.backward()
+    assert all(each.grad is None for each in targets)
+    assert arguments["values"].grad is not None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("make", [make_plain, make_linear])
 def test_masked_slots_are_never_read(make, impl) -> None:
     clean = make()
     mask = clean["mask"]

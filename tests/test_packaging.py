@@ -69,11 +69,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bare_checkout(checkout: Path, tmp_path: Path) -> None:
-    """From its root, and from anywhere with the root on the path."""
-    for cwd, path in ((checkout, ()), (tmp_path, [checkout])):
-        package, kernel = python(USE_EVERYTHING, cwd=cwd, path=path)
-        assert Path(package) == checkout / "klq_fast" / "__init__.py"
-        assert Path(kernel) == checkout / "kernels" / "log_ratio" / "op.py"
+    """Nothing but torch is needed for the operations: the training loop's libraries need not be installed."""
+    for name in "transformers accelerate tyro rich matplotlib yaml datasets".split():
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
+    package, kernel = python(USE_EVERYTHING, cwd=tmp_path, path=[tmp_path, checkout])
+    assert Path(package) == checkout / "klq_fast" / "__init__.py"
+    assert Path(kernel) == checkout / "kernels" / "log_ratio" / "op.py"
 
 
 def test_a_wheel(checkout: Path, tmp_path: Path) -> None:
@@ -88,7 +89,6 @@ def test_a_wheel(checkout: Path, tmp_path: Path) -> None:
     assert {
         f"klq_fast/kernels/{op}/op.py" for op in ("klq_loss", "lambda_returns", "linear_logprob", "log_ratio")
     } < held
-    assert "klq_fast/demo/__init__.py" in held or any(name.startswith("klq_fast/demo/") for name in held)
     pip("install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
     package_file, kernel = python(USE_EVERYTHING, cwd=tmp_path, path=[tmp_path / "site"])
     assert Path(package_file) == tmp_path / "site" / "klq_fast" / "__init__.py"
@@ -108,11 +108,9 @@ def test_an_editable_install(checkout: Path, tmp_path: Path) -> None:
     (Path(its_packages) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     build = "--no-deps --no-index --no-build-isolation".split()
     pip("--python", executable, "install", *build, "--editable", checkout)
-    (tmp_path / "elsewhere").mkdir()
-    for cwd in (tmp_path / "elsewhere", checkout):
-        package, kernel = python(USE_EVERYTHING, cwd=cwd, executable=executable)
-        assert Path(package) == checkout / "klq_fast" / "__init__.py"
-        assert Path(kernel) == checkout / "kernels" / "log_ratio" / "op.py"
+    package, kernel = python(USE_EVERYTHING, cwd=tmp_path, executable=executable)
+    assert Path(package) == checkout / "klq_fast" / "__init__.py"
+    assert Path(kernel) == checkout / "kernels" / "log_ratio" / "op.py"
 
 
 def test_importing_is_light(tmp_path: Path) -> None:
@@ -125,15 +123,6 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 print("transformers" in sys.modules, "accelerate" in sys.modules)
 """
     assert python(code, cwd=tmp_path, path=[ROOT]) == ["klq_fast", "False False"]
-
-
-def test_the_loss_needs_no_extra(tmp_path: Path) -> None:
-    """The drop-in use works where the training loop's libraries are not installed."""
-    blocked = [f"{name}.py" for name in "transformers accelerate tyro rich matplotlib yaml datasets".split()]
-    (tmp_path / "blocked").mkdir()
-    for name in blocked:
-        (tmp_path / "blocked" / name).write_text(f"raise ImportError('{name} is not installed')")
-    assert python(USE_EVERYTHING, cwd=tmp_path, path=[tmp_path / "blocked", ROOT])
 
 
 def test_the_name_trap(tmp_path: Path) -> None:

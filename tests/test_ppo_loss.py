@@ -178,7 +178,8 @@ def test_value_clipping_stops_the_gradient_on_one_side(value: float, target: flo
 
 def test_masked_slots_are_never_read() -> None:
     mask = torch.rand(9, 11) > 0.4
-    clean, dirty = make_batch(9, 11), {}
+    clean = make_batch(9, 11)
+    dirty: Batch = {}
     for i, (name, x) in enumerate(clean.items()):
         garbage = (float("nan"), float("inf"), -float("inf"))[i % 3]
         dirty[name] = torch.where(mask, x.detach(), garbage).requires_grad_(x.requires_grad)
@@ -195,7 +196,7 @@ def test_masked_slots_are_never_read() -> None:
 
 @pytest.mark.parametrize("num_tokens", [None, 7])
 def test_all_masked(num_tokens: int | None) -> None:
-    batch = {name: torch.full((3, 4), float("nan")) for name in NAMES}
+    batch: Batch = {name: torch.full((3, 4), float("nan")) for name in NAMES}
     batch["logprobs"].requires_grad_()
     batch["values"].requires_grad_()
     loss, metrics = ppo_loss(**batch, mask=torch.zeros(3, 4, dtype=torch.bool), num_tokens=num_tokens)
@@ -216,11 +217,11 @@ def test_microbatches_with_a_common_count_add_up() -> None:
             ppo_loss(**{k: x[i : i + 2] for k, x in batch.items()}, mask=mask[i : i + 2], num_tokens=n).loss
             for i in range(0, 6, 2)
         ]
-        assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-13)
+        assert torch.stack(parts).sum().item() == pytest.approx(whole.item(), rel=1e-13)
 
 
 def test_gradients_reach_logprobs_and_values_only() -> None:
-    batch = {name: x.detach().requires_grad_() for name, x in make_batch(4, 5).items()}
+    batch: Batch = {name: x.detach().requires_grad_() for name, x in make_batch(4, 5).items()}
     loss, metrics = ppo_loss(**batch)
     loss.backward()
     assert [name for name, x in batch.items() if x.grad is not None] == ["logprobs", "values"]

@@ -41,7 +41,8 @@ def lambda_returns(
                 cu_seqlens=None,
             )
 
-        G, Q, td_errors, errors = _each_sequence(one_sequence, values, rewards, mask, bootstrap, cu_seqlens, log_ratio)
+        packed = _each_sequence(4, one_sequence, values, rewards, mask, bootstrap, cu_seqlens, log_ratio)
+        G, Q, td_errors, errors = packed
         return G, Q, td_errors, errors
 
     values, rewards, mask, next_value = _prepare(values, rewards, mask, bootstrap)
@@ -74,7 +75,7 @@ def gae(
         def one_sequence(values, rewards, mask, bootstrap):
             return gae(rewards, values, mask, lam=lam, gamma=gamma, bootstrap=bootstrap, cu_seqlens=None)
 
-        advantages, returns = _each_sequence(one_sequence, values, rewards, mask, bootstrap, cu_seqlens)
+        advantages, returns = _each_sequence(2, one_sequence, values, rewards, mask, bootstrap, cu_seqlens)
         return advantages, returns
 
     values, rewards, mask, next_value = _prepare(values, rewards, mask, bootstrap)
@@ -104,6 +105,7 @@ def _prepare(
 
 
 def _each_sequence(
+    outputs: int,
     function: Callable[..., tuple[Tensor, ...]],
     values: Tensor,  # (N,)
     rewards: Tensor,  # (N,) or (S,)
@@ -113,6 +115,8 @@ def _each_sequence(
     *others: Tensor,  # (N,) each
 ) -> list[Tensor]:
     """Applies `function` to one packed sequence at a time, as a batch of one row, and packs what it returns."""
+    if values.numel() == 0:
+        return [values.double()] * outputs
     results = []
     for s, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         one = slice(start, end)
