@@ -428,6 +428,8 @@ def test_memory_and_work(dtype) -> None:
         assert seen.peak < chunk + block + weight_bytes * ("weight" not in frozen) + some, frozen
         if "weight" in frozen:
             assert seen.largest == chunk, frozen
+    for name in ("hidden", "weight", "bias"):
+        arguments[name].requires_grad_()
     with torch.no_grad():
         seen = watch(lambda: linear_klq_loss(**arguments, tau=0.3))
     assert seen.flops == product

@@ -19,9 +19,6 @@ from . import reference
 # 512×1024 fp32 on one core: the product takes 0.24 ms with blocks of 16, 0.39 with 32, 0.71 with 64, the scan over the
 # blocks 0.10, 0.05 and 0.03.
 BLOCK = 16
-# Below 12 rows MKL multiplies by another routine with other last bits; with at least this many rows, each row's bits
-# depend on that row alone, whatever the batch and (up to 64 threads) the number of threads.
-MIN_BLOCKS = 256
 
 
 class LambdaReturns(NamedTuple):
@@ -190,6 +187,15 @@ def _check_offsets(cu_seqlens: Tensor | None, values: Tensor) -> None:
         raise ValueError(f"cu_seqlens: got falling offsets {cu_seqlens.tolist()}, expected a non-decreasing sequence")
 
 
+def _block_count(blocks: int) -> int:
+    """Rows to give a product of that many blocks, so that the bits of each depend on nothing but its contents.
+
+    MKL multiplies by other routines, with other last bits, where a thread has few rows (below 12 seen) and for the last
+    rows % 4 (in fp64). So: multiples of 64, and at least 256, 4 for each of 64 threads.
+    """
+    return (blocks // 64 + 4) * 64
+
+
 def _scan(
     log_ratio: Tensor | None,  # None: GAE, where Q = V
     values: Tensor,
@@ -202,16 +208,17 @@ def _scan(
     gamma: float,
     alpha: float,
 ) -> Tensor:
-    """G, Q, Δ, δ: the first N = values.numel() slots of the four rows of one (4, N + 16) buffer.
+    """G, Q, Δ, δ: the first N = values.numel() slots of the four rows of one buffer, whose other slots are 0.
 
     One buffer, since glibc hands four freed blocks of 2 MB (512×1024) back to the system but keeps one of 8 MB, and
-    2000 page faults cost up to 4 ms where the scan takes 1. The 16 spare slots take what has no place: the last rewards
-    of sequences without tokens, the ends of partly filled blocks. On CUDA nothing here waits for the device.
+    2000 page faults cost up to 4 ms where the scan takes 1. The spare slots, at least 16, take what has no place: the
+    last rewards of sequences without tokens, the ends of partly filled blocks. On CUDA nothing here waits for the
+    device.
     """
     _check_offsets(cu_seqlens, values)
     shape, device = values.shape, values.device
     N, dtype = values.numel(), compute_dtype(log_ratio, values)
-    buffer = torch.empty(4, N + 16, dtype=dtype, device=device)
+    buffer = torch.empty(4, BLOCK * _block_count(N // BLOCK), dtype=dtype, device=device)
     if N == 0:
         return buffer.zero_()
     per_token = rewards.shape == shape
@@ -245,9 +252,9 @@ def _scan(
     if offsets is None:
         if mask is not None and shortest < shape[1]:
             _zero_padding(work[:, :N].view(4, *shape), mask, shortest)
-        _scan_rows(td_errors[:N].view(shape), lam * gamma, out=advantages[:N].view(shape))
+        _scan_rows(td_errors, shape, lam * gamma, out=advantages)
     else:
-        _scan_packed(td_errors, offsets, lam * gamma, out=advantages)
+        _scan_packed(td_errors, N, offsets, lam * gamma, out=advantages)
     if alpha == 1.0:
         torch.add(Q[:N], advantages[:N], out=returns[:N])
     else:
@@ -269,9 +276,9 @@ def _td_errors(
     per_token: bool,
     tau: float,
     gamma: float,
-    Q: Tensor,  # (N + 16,), written
-    td_errors: Tensor,  # (N + 16,), written
-    scratch: Tensor,  # (N + 16,)
+    Q: Tensor,  # (N + spare,), written
+    td_errors: Tensor,  # (N + spare,), written, with 0 in the spare slots
+    scratch: Tensor,  # (N + spare,)
 ) -> None:
     """Q = τℓ + V and δ = (r − τℓ) + (γV' − V).
 
@@ -302,6 +309,7 @@ def _td_errors(
             td_errors[:N].addcmul_(log_ratio, minus_tau)
         end_reward = torch.addcmul(end_reward, log_ratio.index_select(0, here), minus_tau)
     td_errors.scatter_(0, last, end_reward + end_difference)
+    td_errors[N] = 0.0
 
 
 def _scalar(x: float, like: Tensor) -> Tensor:
@@ -320,29 +328,28 @@ def _zero_padding(work: Tensor, mask: Tensor, shortest: int) -> None:
     bits[3].bitwise_and_(keep)
 
 
-def _scan_rows(td_errors: Tensor, factor: float, out: Tensor) -> None:
-    """Δ (B, T) of padded rows δ (B, T) that end in zeros."""
-    B, T = td_errors.shape
+def _scan_rows(td_errors: Tensor, shape: torch.Size, factor: float, out: Tensor) -> None:
+    """Δ (N + spare,) of padded rows δ (N + spare,), N = B·T, each of which ends in zeros where it is shorter than T."""
+    B, T = shape
     blocks = -(-T // BLOCK)  # per row
-    if T == blocks * BLOCK and B * blocks >= MIN_BLOCKS:
+    if T == blocks * BLOCK:
         _scan_blocks(td_errors.view(-1, BLOCK), factor, blocks, out=out.view(-1, BLOCK))
         return
-    padded = td_errors.new_zeros(max(B * blocks, MIN_BLOCKS), BLOCK)
-    rows = padded[: B * blocks].view(B, -1)
-    rows[:, :T] = td_errors
+    padded = td_errors.new_zeros(_block_count(B * blocks), BLOCK)
+    padded[: B * blocks].view(B, -1)[:, :T] = td_errors[: B * T].view(B, T)
     scanned = _scan_blocks(padded, factor, blocks, out=torch.empty_like(padded))
-    out.copy_(scanned[: B * blocks].view(B, -1)[:, :T])
+    out[: B * T].view(B, T).copy_(scanned[: B * blocks].view(B, -1)[:, :T])
 
 
-def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float, out: Tensor) -> None:
-    """Δ (N + 16,) of packed sequences δ (N + 16,), by way of blocks that start where a sequence starts."""
-    N, device = out.shape[0] - 16, out.device
+def _scan_packed(td_errors: Tensor, N: int, offsets: Tensor, factor: float, out: Tensor) -> None:
+    """Δ (N + spare,) of packed sequences δ (N + spare,), by way of blocks that start where a sequence starts."""
+    device = out.device
     lengths = offsets.diff()
     blocks = (lengths + (BLOCK - 1)) // BLOCK  # per sequence
     ends = blocks.cumsum(0)
     longest = -(-N // BLOCK) if offsets.is_cuda else int(blocks.max())
     # At least ends[-1] and known without asking the device; one more sequence, of no tokens, takes the spare blocks.
-    count = max(N // BLOCK + lengths.shape[0], MIN_BLOCKS)
+    count = _block_count(N // BLOCK + lengths.shape[0])
     blocks = torch.cat([blocks, count - ends[-1:]])
     ends = torch.cat([ends, ends.new_full((1,), count)])
     stops = torch.cat([offsets[1:], offsets[-1:]])
@@ -358,7 +365,6 @@ def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float, out: Tensor)
     token.index_copy_(0, partial, torch.where(tail < stop[:, None], tail, N))
     token = token.view(-1)
 
-    td_errors[N:] = 0.0
     padded = td_errors.index_select(0, token).view(-1, BLOCK)
     remaining = ends.index_select(0, sequence) - block
     scanned = _scan_blocks(padded, factor, longest, out=torch.empty_like(padded), remaining=remaining)
@@ -366,7 +372,7 @@ def _scan_packed(td_errors: Tensor, offsets: Tensor, factor: float, out: Tensor)
 
 
 def _scan_blocks(
-    blocks: Tensor,  # (at least MIN_BLOCKS, BLOCK)
+    blocks: Tensor,  # (_block_count(…), BLOCK)
     factor: float,
     longest: int,
     out: Tensor,  # like blocks
@@ -439,4 +445,5 @@ _scan_op = torch.library.custom_op("klq_fast::lambda_returns", _scan, mutates_ar
 
 @_scan_op.register_fake
 def _(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, tau, lam, gamma, alpha):
-    return torch.empty(4, values.numel() + 16, dtype=compute_dtype(log_ratio, values), device=values.device)
+    slots = BLOCK * _block_count(values.numel() // BLOCK)
+    return torch.empty(4, slots, dtype=compute_dtype(log_ratio, values), device=values.device)
