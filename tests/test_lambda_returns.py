@@ -520,8 +520,7 @@ def test_compiled_without_breaks_and_recompilation() -> None:
             torch.compile(lambda x: lambda_returns(x, x, x, tau=-1.0), backend="eager")(torch.zeros(2, 3))
     torch._dynamo.reset()
     batch = to(make_batch(6, 32, "right-padded"), torch.float32)
-    with torch._inductor.config.patch(force_disable_caches=True):  # they would outlive a change of the operator
-        assert_equal(torch.compile(step, fullgraph=True)(batch), step(batch))
+    assert_equal(torch.compile(step, fullgraph=True, backend="aot_eager")(batch), step(batch))
 
 
 # Errors

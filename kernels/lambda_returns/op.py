@@ -1,10 +1,10 @@
 """λ-returns (KLQ) and GAE (PPO): one reverse scan over the valid tokens of each row or packed sequence.
 
 The torch path has no loop over time. Blocks of 16 tokens, anchored at each sequence's first valid token, are scanned
-by one matrix product with the Toeplitz matrix of powers of λγ; the scan over the blocks' first elements, 1/16 of the
-data, takes log2(blocks) shifted additions; one more product hands each block what follows it. Padded rows are blocks as
-they lie in memory; packed sequences are copied to blocks and back; holes in a mask are first squeezed out, which leaves
-packed sequences. A token's bits depend on its own sequence alone, so packed equals padded bitwise.
+by one matrix product with the Toeplitz matrix of powers of λγ. Their first elements, 1/16 of the data, are the same
+problem again with (λγ)^16; its solution tells each block what follows it. Padded rows are blocks as they lie in memory;
+packed sequences are copied to blocks and back; holes in a mask are first squeezed out, which leaves packed sequences.
+A token's bits depend on its own sequence alone, so packed equals padded bitwise.
 """
 
 from functools import lru_cache
@@ -16,8 +16,7 @@ from torch import Tensor
 from ..checks import Impl, check_number, check_tensor, compute_dtype, resolve_impl
 from . import reference
 
-# 512×1024 fp32 on one core: the product takes 0.24 ms with blocks of 16, 0.39 with 32, 0.71 with 64, the scan over the
-# blocks 0.10, 0.05 and 0.03.
+# Of 512×1024 fp32 on one core, the product takes 0.24 ms with blocks of 16, 0.39 with 32, 0.71 with 64.
 BLOCK = 16
 
 
@@ -233,7 +232,7 @@ def _scan(
         T = shape[1]
         last = torch.arange(T - 1, N, T, device=device)
         if mask is not None:
-            lengths = mask.view(torch.uint8).sum(1, dtype=torch.int64)
+            lengths = mask.view(torch.uint8).sum(1, dtype=torch.int32)
             last = torch.where(lengths > 0, last + (lengths - T), N)
             shortest = int(lengths.min())
     else:
@@ -248,13 +247,14 @@ def _scan(
         last = torch.where(offsets.diff() > 0, offsets[1:] - 1, N)
 
     returns, Q, advantages, td_errors = work.unbind()
-    _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, td_errors, scratch=advantages)
+    _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, td_errors)
     if offsets is None:
         if mask is not None and shortest < shape[1]:
             _zero_padding(work[:, :N].view(4, *shape), mask, shortest)
-        _scan_rows(td_errors, shape, lam * gamma, out=advantages)
+        _scan_rows(td_errors, *shape, lam * gamma, out=advantages)
     else:
-        _scan_packed(td_errors, N, offsets, lam * gamma, out=advantages)
+        longest = N if offsets.is_cuda else int(offsets.diff().max())
+        _scan_packed(td_errors, N, offsets, longest, lam * gamma, out=advantages)
     if alpha == 1.0:
         torch.add(Q[:N], advantages[:N], out=returns[:N])
     else:
@@ -278,15 +278,14 @@ def _td_errors(
     gamma: float,
     Q: Tensor,  # (N + spare,), written
     td_errors: Tensor,  # (N + spare,), written, with 0 in the spare slots
-    scratch: Tensor,  # (N + spare,)
 ) -> None:
-    """Q = τℓ + V and δ = (r − τℓ) + (γV' − V).
+    """Q = τℓ + V and δ = γV' − V − τℓ + r.
 
     In this order, since with fp32 values near 10 and τℓ near 0.001, r + γV' − Q would lose the last 13 bits of τℓ, and
     at λγ = 1 the loss adds up over the sequence.
     """
     N = V.shape[0]
-    Q, scratch, inner = Q[:N], scratch[:N], td_errors[: N - 1]
+    inner = td_errors[: N - 1]
     if gamma == 1.0:
         torch.sub(V[1:], V[:-1], out=inner)
     else:
@@ -297,18 +296,15 @@ def _td_errors(
     end_difference = end_value.neg() if bootstrap is None else gamma * bootstrap - end_value
     end_reward = r.index_select(0, here) if per_token else r
     if log_ratio is None:
-        Q.copy_(V)
-        if per_token:
-            td_errors[:N] += r
+        Q[:N].copy_(V)
     else:
-        torch.addcmul(V, log_ratio, _scalar(tau, V), out=Q)
         minus_tau = _scalar(-tau, V)
-        if per_token:
-            td_errors[:N] += torch.addcmul(r, log_ratio, minus_tau, out=scratch)
-        else:
-            td_errors[:N].addcmul_(log_ratio, minus_tau)
-        end_reward = torch.addcmul(end_reward, log_ratio.index_select(0, here), minus_tau)
-    td_errors.scatter_(0, last, end_reward + end_difference)
+        torch.addcmul(V, log_ratio, _scalar(tau, V), out=Q[:N])
+        td_errors[:N].addcmul_(log_ratio, minus_tau)
+        end_difference = torch.addcmul(end_difference, log_ratio.index_select(0, here), minus_tau)
+    if per_token:
+        td_errors[:N] += r
+    td_errors.scatter_(0, last, end_difference + end_reward)
     td_errors[N] = 0.0
 
 
@@ -323,89 +319,74 @@ def _zero_padding(work: Tensor, mask: Tensor, shortest: int) -> None:
     By an AND with all ones or zeros: 0.05 ms for 512×1024 where `where` takes 0.3 to 1.2; and NaN & 0 = 0.
     """
     bits = work.view(torch.int64 if work.dtype == torch.float64 else torch.int32)[:, :, shortest:]
-    keep = bits[2].copy_(mask[:, shortest:]).neg_()
-    bits[1].bitwise_and_(keep)
-    bits[3].bitwise_and_(keep)
+    bits[1::2].bitwise_and_(bits[2].copy_(mask[:, shortest:].view(torch.int8).neg()))
 
 
-def _scan_rows(td_errors: Tensor, shape: torch.Size, factor: float, out: Tensor) -> None:
-    """Δ (N + spare,) of padded rows δ (N + spare,), N = B·T, each of which ends in zeros where it is shorter than T."""
-    B, T = shape
-    blocks = -(-T // BLOCK)  # per row
-    if T == blocks * BLOCK:
-        _scan_blocks(td_errors.view(-1, BLOCK), factor, blocks, out=out.view(-1, BLOCK))
-        return
-    padded = td_errors.new_zeros(_block_count(B * blocks), BLOCK)
-    padded[: B * blocks].view(B, -1)[:, :T] = td_errors[: B * T].view(B, T)
-    scanned = _scan_blocks(padded, factor, blocks, out=torch.empty_like(padded))
-    out[: B * T].view(B, T).copy_(scanned[: B * blocks].view(B, -1)[:, :T])
+def _scan_rows(x: Tensor, rows: int, width: int, factor: float, out: Tensor) -> None:
+    """Scans the rows x[: rows · width] into out, where a row ends in zeros if it is shorter than `width`."""
+    blocks = -(-width // BLOCK)  # per row
+    used = rows * blocks * BLOCK
+    padded, scanned = x, out
+    if width < blocks * BLOCK or len(x) != BLOCK * _block_count(rows * blocks):
+        padded = x.new_zeros(BLOCK * _block_count(rows * blocks))
+        padded[:used].view(rows, -1)[:, :width] = x[: rows * width].view(rows, width)
+        scanned = torch.empty_like(padded)
+    firsts = _scan_each_block(padded, factor, out=scanned)
+    if blocks > 1:
+        heads, carry = torch.empty_like(firsts), torch.zeros_like(firsts)
+        _scan_rows(firsts, rows, blocks, factor**BLOCK, out=heads)
+        carry[: rows * blocks].view(rows, -1)[:, :-1] = heads[: rows * blocks].view(rows, -1)[:, 1:]
+        _add_carry(scanned, carry, factor)
+    if scanned is not out:
+        out[: rows * width].view(rows, width).copy_(scanned[:used].view(rows, -1)[:, :width])
 
 
-def _scan_packed(td_errors: Tensor, N: int, offsets: Tensor, factor: float, out: Tensor) -> None:
-    """Δ (N + spare,) of packed sequences δ (N + spare,), by way of blocks that start where a sequence starts."""
-    device = out.device
-    lengths = offsets.diff()
-    blocks = (lengths + (BLOCK - 1)) // BLOCK  # per sequence
+def _scan_packed(x: Tensor, N: int, offsets: Tensor, longest: int, factor: float, out: Tensor) -> None:
+    """Scans the packed sequences x[offsets[s] : offsets[s + 1]] into out; slots from N on are spare, and 0 in x."""
+    blocks = (offsets.diff() + (BLOCK - 1)) // BLOCK  # per sequence
     ends = blocks.cumsum(0)
-    longest = -(-N // BLOCK) if offsets.is_cuda else int(blocks.max())
-    # At least ends[-1] and known without asking the device; one more sequence, of no tokens, takes the spare blocks.
-    count = _block_count(N // BLOCK + lengths.shape[0])
+    # At least ends[-1], and known without asking the device. One more sequence, of no tokens, takes the spare blocks.
+    used = N // BLOCK + len(blocks)
+    count = _block_count(used)
     blocks = torch.cat([blocks, count - ends[-1:]])
     ends = torch.cat([ends, ends.new_full((1,), count)])
-    stops = torch.cat([offsets[1:], offsets[-1:]])
-    sequence = torch.arange(blocks.shape[0], device=device).repeat_interleave(blocks, output_size=count)
-    block = torch.arange(count, device=device)
-    start = (offsets - (ends - blocks) * BLOCK).index_select(0, sequence) + block * BLOCK
+    sequence = torch.arange(len(blocks), device=x.device).repeat_interleave(blocks, output_size=count)
+    block = torch.arange(count, device=x.device)
+    starts = (offsets - (ends - blocks) * BLOCK).index_select(0, sequence) + block * BLOCK
 
-    # The token in each slot; slots without one read and write the 16 places from N on.
-    token = start.clamp_(max=N)[:, None] + torch.arange(BLOCK, device=device)
+    # The slot of x for each slot of the blocks; slots without a token read and write the spare ones.
+    place = starts.clamp_(max=N)[:, None] + torch.arange(BLOCK, device=x.device)
     partial = (ends - 1).clamp(min=0)  # each sequence's last block
-    tail = token.index_select(0, partial)
-    stop = stops.index_select(0, sequence.index_select(0, partial))
-    token.index_copy_(0, partial, torch.where(tail < stop[:, None], tail, N))
-    token = token.view(-1)
+    stops = torch.cat([offsets[1:], offsets[-1:]]).index_select(0, sequence.index_select(0, partial))
+    tails = place.index_select(0, partial)
+    place.index_copy_(0, partial, torch.where(tails < stops[:, None], tails, N))
+    place = place.view(-1)
 
-    padded = td_errors.index_select(0, token).view(-1, BLOCK)
-    remaining = ends.index_select(0, sequence) - block
-    scanned = _scan_blocks(padded, factor, longest, out=torch.empty_like(padded), remaining=remaining)
-    out.scatter_(0, token, scanned.view(-1))
-
-
-def _scan_blocks(
-    blocks: Tensor,  # (_block_count(…), BLOCK)
-    factor: float,
-    longest: int,
-    out: Tensor,  # like blocks
-    remaining: Tensor | None = None,  # (blocks,): blocks of the same sequence from this one on; None: rows of `longest`
-) -> Tensor:
-    """Δ in the layout of `blocks`, which hold δ; every sequence starts at a block and its last block ends in zeros.
-
-    Sums of 16 terms, then trees of depth log2(T / 16): at T = 32768 fp32 was off by at most 3.4e-7 of
-    Σ_k (λγ)^k |δ_{t+k}| for λγ = 0.5 and 5.7e-8 for λγ = 1. On CUDA the product is taken in fp64, since fp32 may mean
-    TF32 there.
-    """
-    matrix, carry_weights = _powers(factor, torch.float64 if blocks.is_cuda else blocks.dtype, blocks.device)
-    # `out=` keeps the product out of autocast's reach
-    scanned = out if out.dtype == matrix.dtype else torch.empty_like(out, dtype=matrix.dtype)
-    torch.mm(blocks.to(matrix.dtype), matrix, out=scanned)
-    rows = 1 if remaining is not None else blocks.shape[0] // longest
-    first = scanned[:, 0].contiguous()
-    table = first[: rows * longest].view(rows, -1) if remaining is None else first[None]
-    shift, tiny = 1, torch.finfo(matrix.dtype).tiny  # table[i] is the scan over the `shift` blocks from i on
-    while shift < longest and (weight := factor ** (BLOCK * shift)) > tiny:
-        table[:, :-shift] += weight * _following(table, shift, remaining)
-        shift *= 2
-    carry = torch.zeros_like(first)
-    if longest > 1:
-        carry[: table.numel()].view(rows, -1)[:, :-1] = _following(table, 1, remaining)
-    scanned.addcmul_(carry[:, None], carry_weights)
-    return out if out is scanned else out.copy_(scanned)
+    padded = x.index_select(0, place)
+    scanned = torch.empty_like(padded)
+    firsts = _scan_each_block(padded, factor, out=scanned)
+    if longest > BLOCK:
+        heads, carry = torch.empty_like(firsts), torch.zeros_like(firsts)
+        inner = torch.cat([ends.new_zeros(1), ends[:-1]])
+        _scan_packed(firsts, used, inner, -(-longest // BLOCK), factor**BLOCK, out=heads)
+        same = block[1:] < ends.index_select(0, sequence[:-1])
+        carry[:-1] = torch.where(same, heads[1:], 0.0)
+        _add_carry(scanned, carry, factor)
+    out.scatter_(0, place, scanned)
 
 
-def _following(table: Tensor, shift: int, remaining: Tensor | None) -> Tensor:
-    """What lies `shift` blocks to the right, 0 where that is another sequence's."""
-    following = table[:, shift:]
-    return following if remaining is None else torch.where(remaining[:-shift] > shift, following, 0.0)
+def _scan_each_block(x: Tensor, factor: float, out: Tensor) -> Tensor:
+    """Scans blocks (their number a `_block_count`) each by itself into out; returns their first elements."""
+    matrix, _ = _powers(factor, x.dtype, x.device)
+    scanned = out.view(-1, BLOCK)
+    torch.mm(x.view(-1, BLOCK), matrix, out=scanned)  # `out=` keeps it out of autocast's reach
+    return scanned[:, 0].contiguous()
+
+
+def _add_carry(scanned: Tensor, carry: Tensor, factor: float) -> None:
+    """Adds to each block what follows it: its slot i is BLOCK − i steps away from `carry`."""
+    _, weights = _powers(factor, scanned.dtype, scanned.device)
+    scanned.view(-1, BLOCK).addcmul_(carry[:, None], weights)
 
 
 @lru_cache(maxsize=32)
@@ -413,8 +394,10 @@ def _powers(factor: float, dtype: torch.dtype, device: torch.device) -> tuple[Te
     """M (BLOCK, BLOCK) with M[j, i] = factor^(j − i) for j ≥ i, so that δ @ M scans a block, and factor^(BLOCK − i)."""
     with torch.inference_mode(False):
         i = torch.arange(BLOCK, dtype=torch.float64, device=device)
-        powers = factor ** (i[:, None] - i).clamp(min=0)
-        return powers.tril().to(dtype), (factor ** (BLOCK - i)).to(dtype)
+        matrix = (factor ** (i[:, None] - i).clamp(min=0)).tril()
+        weights = factor ** (BLOCK - i)
+        tiny = torch.finfo(dtype).tiny  # arithmetic with smaller numbers is slow, and of no consequence
+        return torch.where(matrix < tiny, 0.0, matrix).to(dtype), torch.where(weights < tiny, 0.0, weights).to(dtype)
 
 
 def _right_padded(mask: Tensor) -> bool:

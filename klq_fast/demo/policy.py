@@ -56,12 +56,12 @@ def right_padded(rows: list[list[int]], filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
 
 
-def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest: a third fewer steps than AdamW alone to the same loss here."""
     blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers." in name)]
     return [
-        torch.optim.Muon(blocks, lr=10 * learning_rate, weight_decay=0.3),
+        torch.optim.Muon(blocks, lr=10 * learning_rate, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -115,7 +115,7 @@ def train_policy(
     prompts = [ids or [tokenizer.eos_token_id] for ids in tokenizer([pair.prompt for pair in texts])["input_ids"]]
     responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([pair.sentence for pair in texts])["input_ids"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    steps, optims = config.policy_steps, optimizers(policy, config.policy_learning_rate)
+    steps, optims = config.policy_steps, optimizers(policy, config.policy_learning_rate, weight_decay=0.3)
     everything = token_batches(lengths, config.policy_rows, generator)
     task = token_batches(lengths[: len(pairs.train)], config.policy_rows, generator)
     for index in track(range(steps), "training the policy on docstrings", steps):

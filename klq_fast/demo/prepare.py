@@ -40,10 +40,11 @@ class DemoConfig:
     policy_learning_rate: float = 6e-3
     general_share: float = 0.65  # of the steps, on all docstring sentences; the rest on the pairs alone
     prompt_weight: float = 0.3  # of the signature's tokens in the loss
-    reward_steps: int = 450
+    reward_steps: int = 700
+    relevance_share: float = 0.45  # of those steps, on the samples and on sentences about other functions alone
     reward_rows: int = 8  # prompts per optimizer step, each with one human sentence and several worse ones
-    reward_learning_rate: float = 1e-3
-    temperature: float = 0.7  # of the samples that the reward model learns from: the one to train with
+    reward_learning_rate: float = 7e-4
+    temperature: float = 0.8  # of the samples that the reward model learns from: the one to train with
     response_length: int = 32  # tokens, with the end-of-sequence token
 
 

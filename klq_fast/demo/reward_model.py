@@ -76,33 +76,33 @@ def score(model: GPTNeoXForSequenceClassification, rows: list[list[int]]) -> Ten
     return torch.cat(scores)[torch.tensor(order).argsort()]
 
 
-def comparisons(pair: Pair, other: Pair, drawn: str, ended: bool, generator: random.Random) -> list[tuple[str, bool]]:
-    """The responses that one step compares for one prompt, each with whether it ended: see WORSE for their order."""
+def spoilt(pair: Pair, other: Pair, drawn: str, generator: random.Random) -> list[tuple[str, bool]]:
+    """Three responses with faults that a policy finds first when they pay, each with whether it ended."""
     cut = truncated(pair.sentence, generator)
-    corrupted = generator.choice(
+    fault = generator.choice(
         [
             (cut, generator.random() < 0.5),
             (cut + ".", True),
-            (stuttering(pair.sentence, generator), True),
             (shuffled(pair.sentence, generator), True),
             (run_on(pair.sentence, other.sentence, generator), True),
             (generic(pair.prompt, generator), True),
         ]
     )
-    spoiled = generator.choice(
+    sample_fault = generator.choice(
         [
             (truncated(drawn, generator), generator.random() < 0.5),
+            (stuttering(drawn, generator), True),
             (stuttering(drawn, generator), True),
             (run_on(drawn, other.sentence, generator), True),
         ]
     )
-    return [(pair.sentence, True), (drawn, ended), (other.sentence, True), corrupted, spoiled]
+    return [fault, (stuttering(pair.sentence, generator), True), sample_fault]
 
 
-# The first of each two is the better response of `comparisons`: the human sentence beats everything, and a sample of
-# the policy beats the same sample spoiled.
-BETTER = torch.tensor([0, 0, 0, 0, 1])
-WORSE = torch.tensor([1, 2, 3, 4, 4])
+# What each step compares for one prompt: 0 the human sentence, 1 the policy's sample, 2 and 3 human sentences about
+# other functions, 4 to 6 `spoilt`. The human sentence beats everything, and a sample beats the same sample spoiled.
+BETTER = [0, 0, 0, 0, 0, 1]
+WORSE = [1, 2, 3, 4, 5, 6]
 
 
 def train_reward_model(
@@ -112,34 +112,36 @@ def train_reward_model(
     config: "DemoConfig",
     track: Track,
 ) -> GPTNeoXForSequenceClassification:
-    """Bradley-Terry on `comparisons`, from the policy's trunk; scores of the policy's held-out samples: mean 0, std 1."""
+    """Bradley-Terry from the policy's trunk; the policy's own samples for held-out prompts score 0 ± 1."""
     torch.manual_seed(config.seed + 1)
     generator = random.Random(config.seed + 1)
-    drawn = sample(policy, tokenizer, [pair.prompt for pair in pairs.train])
+    train = pairs.train
+    drawn = sample(policy, tokenizer, [pair.prompt for pair in train])
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     ended = [tokenizer.eos_token_id in response for response in drawn]
 
     model_config = policy.config.to_dict() | {"num_labels": 1, "architectures": None}
     model = GPTNeoXForSequenceClassification(type(policy.config)(**model_config))
     model.gpt_neox.load_state_dict(policy.gpt_neox.state_dict())
-    steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate)
+    steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate, weight_decay=0.0)
     rows: list[int] = []
     for index in track(range(steps), "training the reward model on preferences", steps):
         if len(rows) < config.reward_rows:
-            rows += generator.sample(range(len(pairs.train)), len(pairs.train))
+            rows += generator.sample(range(len(train)), len(train))
         batch, rows = rows[: config.reward_rows], rows[config.reward_rows :]
-        compared = [
-            comparisons(pairs.train[row], generator.choice(pairs.train), texts[row], ended[row], generator)
-            for row in batch
-        ]
-        sequences = [
-            encode(tokenizer, pairs.train[row].prompt, response, end)
-            for row, responses in zip(batch, compared, strict=True)
-            for response, end in responses
-        ]
-        scores = score(model, sequences).view(len(batch), -1)  # (rows, 5)
-        loss = -nn.functional.logsigmoid(scores[:, BETTER] - scores[:, WORSE]).mean()
-        step(model, optims, loss, learning_rate_share(index, steps))
+        # Faults are the easier lesson: shown from the start, they keep the model from ever learning what is about what.
+        faults = index >= config.relevance_share * steps
+        sequences = []
+        for row in batch:
+            pair, others = train[row], generator.sample(train, 2)
+            responses = [(pair.sentence, True), (texts[row], ended[row]), *((other.sentence, True) for other in others)]
+            if faults:
+                responses += spoilt(pair, others[0], texts[row], generator)
+            sequences += [encode(tokenizer, pair.prompt, response, end) for response, end in responses]
+        scores = score(model, sequences).view(len(batch), -1)  # (rows, 4 or 7)
+        edges = len(BETTER) if faults else 3
+        margins = scores[:, BETTER[:edges]] - scores[:, WORSE[:edges]]
+        step(model, optims, -nn.functional.logsigmoid(margins).mean(), learning_rate_share(index, steps))
     normalise(model.eval(), policy, tokenizer, [pair.prompt for pair in pairs.heldout])
     return model
 
