@@ -14,7 +14,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():
     _spec = ModuleSpec("klq_fast.kernels", None, is_package=True)
     _spec.submodule_search_locations = [str(Path(__file__).parents[1] / "kernels")]
-    sys.modules["klq_fast.kernels"] = module_from_spec(_spec)
+    kernels = sys.modules["klq_fast.kernels"] = module_from_spec(_spec)
 
 from .kernels.klq_loss.op import KLQLoss, KLQLossOutput, LinearKLQLoss, klq_loss, linear_klq_loss
 from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns

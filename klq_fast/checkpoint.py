@@ -18,12 +18,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def save_checkpoint(folder: Path, batches: int, policy: Policy, optimizer: Optimizer) -> None:
     """Writes `folder`/batch-N, the state after N batches, and then removes the older ones."""
+    final = folder / f"{PREFIX}{batches:06d}"
+    if final.exists():
+        return
     folder.mkdir(exist_ok=True)
     partial = folder / f"partial-{batches}"
     shutil.rmtree(partial, ignore_errors=True)
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     dcp.save({"policy": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, no_dist=True)
-    replace_folder(partial, folder / f"{PREFIX}{batches:06d}")
+    rename_folder(partial, final)
     for older in _checkpoints(folder)[:-1]:
         shutil.rmtree(older)
 
@@ -42,15 +45,18 @@ def restore_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> in
     return int(found[-1].name.removeprefix(PREFIX))
 
 
-def replace_folder(partial: Path, final: Path) -> None:
-    """Renames a finished folder into place once its bytes are on disk; one already there makes way."""
-    for path in [*(p for p in partial.rglob("*") if p.is_file()), partial]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+def rename_folder(partial: Path, final: Path) -> None:
+    """Gives a complete folder its name once its bytes are on disk."""
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

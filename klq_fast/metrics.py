@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Record = dict[str, Any]
 
@@ -101,6 +102,6 @@ class Reporter:
         for sample in samples[:count]:
             before, after = f"{sample['score_before']:+.2f}", f"{sample['score_after']:+.2f}"
             texts = (sample["prompt"][-300:], sample["response_before"].strip(), sample["response_after"].strip())
-            prompt, first, last = (text.replace("[", r"\[") for text in texts)
+            prompt, first, last = (Text(text) for text in texts)  # Text: brackets in it are no markup
             table.add_row(prompt, first, before, last, after)
         self.console.print(table)

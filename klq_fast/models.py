@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -146,9 +147,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def _load(auto: Any, option: str, name: str) -> Any:
     _check_folder(option, name)
     try:
-        return auto.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(option, name, "model", error) from None
+    if report["missing_keys"]:  # they would be drawn at random: a language model as reward model lacks its score head
+        raise InputError(f"{option}: {name!r} does not hold {sorted(report['missing_keys'])} of {type(model).__name__}")
+    return model
 
 
 def _check_folder(option: str, name: str) -> None:

@@ -113,6 +113,12 @@ def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             with compute_dtype(model.device):
                 logits = model(input_ids=tokens, attention_mask=mask).logits
             scores[chosen] = logits[:, -1].float().cpu()
+        if not scores.isfinite().all():
+            row = int((~scores.isfinite()).nonzero()[0])
+            raise InputError(
+                f"reward_model: got the score {float(scores[row])} for the prompt {prompts[row].text[:200]!r} and the "
+                f"response {responses[row][:200]!r}, expected a finite number"
+            )
         return scores
 
     return score

@@ -8,7 +8,7 @@ from types import FrameType
 
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import replace_folder
+from .checkpoint import rename_folder
 from .config import Config, InputError
 from .metrics import Record, read_lines, write_lines
 from .models import Policy
@@ -53,7 +53,7 @@ def export(run: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Non
     partial = run / "policy.partial"
     shutil.rmtree(partial, ignore_errors=True)
     policy.save(partial, tokenizer)
-    replace_folder(partial, run / "policy")
+    rename_folder(partial, run / "policy")
 
 
 class StopRequest:

@@ -92,8 +92,8 @@ def truth(
 def assert_close(got: LambdaReturns, expected: LambdaReturns, scale: Tensor, eps: float) -> None:
     """Every number within 16 roundings of the sizes that went into it.
 
-    The longest chain a number passes is 5 elementwise operations, 15 additions in a block and up to 11 levels of the
-    scan over blocks; their errors are of both signs, and the worst seen was 6 of 16.
+    A number passes 5 elementwise operations, 15 additions in each of up to 4 levels of blocks, and 3 roundings of
+    powers and products a level; their errors are of both signs, and the worst seen was 5.2 of 16.
     """
     for name, x, y in zip(LambdaReturns._fields, got, expected, strict=True):
         assert x.shape == y.shape
@@ -437,7 +437,8 @@ def test_no_gradient_and_no_change_of_the_arguments() -> None:
             if x is not None and x.is_floating_point():
                 x.requires_grad_()
         got = lambda_returns(**batch, tau=TAU)
-        assert not any(x.requires_grad for x in got)
+        ppo = gae(**{name: x for name, x in batch.items() if name != "log_ratio"})
+        assert not any(x.requires_grad for x in (*got, *ppo))
         for name, x in before.items():
             assert torch.equal(torch.nan_to_num(batch[name].float()), torch.nan_to_num(x.float()))
         for x, y in pairwise(got):  # written to separately
@@ -458,8 +459,8 @@ def test_any_strides_autocast_and_inference_mode() -> None:
         assert_equal(lambda_returns(**batch, tau=TAU), expected)
     assert_equal(lambda_returns(**batch, tau=TAU), expected)  # with the powers cached in inference mode
     row_mask = torch.ones(1, 48, dtype=torch.bool).expand(24, 48)
-    full = batch | {x: torch.nan_to_num(batch[x]) for x in ("log_ratio", "values", "rewards")}
-    assert_equal(lambda_returns(**full | {"mask": row_mask}, tau=TAU), lambda_returns(**full | {"mask": None}, tau=TAU))
+    full = to(make_batch(24, 48), torch.float32)
+    assert_equal(lambda_returns(**full | {"mask": row_mask}, tau=TAU), lambda_returns(**full, tau=TAU))
 
 
 class CountOperations(TorchDispatchMode):
@@ -474,15 +475,15 @@ class CountOperations(TorchDispatchMode):
 
 @pytest.mark.parametrize("masks", MASKS)
 def test_no_loop_over_time(masks: str) -> None:
-    """64 times the tokens cost 6 more levels of the scan over blocks, at most 10 operations and views each."""
+    """64 times the tokens are 2 more levels of blocks of blocks, at most 70 operations and views each."""
     counts = []
     for T in (64, 4096):
         batch = make_batch(8, T, masks)
         with CountOperations() as operations:
             lambda_returns(**batch, tau=TAU, lam=1.0)
         counts.append(operations.count)
-    assert counts[1] <= counts[0] + 6 * 10
-    assert counts[1] < 300
+    assert counts[1] <= counts[0] + 2 * 70
+    assert counts[1] < 400
 
 
 def test_custom_operator() -> None:

@@ -21,7 +21,7 @@ BLOCK = 16
 
 
 class LambdaReturns(NamedTuple):
-    """What `lambda_returns` gives: each like `values`, 0 in invalid slots, without gradient."""
+    """What `lambda_returns` gives: each like `values`, 0 in invalid slots, without gradient; one allocation for all."""
 
     returns: Tensor  # G, the regression target
     action_values: Tensor  # Q
@@ -248,13 +248,17 @@ def _scan(
 
     returns, Q, advantages, td_errors = work.unbind()
     _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, td_errors)
+    if offsets is None and mask is not None and shortest < shape[1]:
+        _zero_padding(work[:, :N].view(4, *shape), mask, shortest)
+    exact = td_errors.double() if device.type == "cuda" else td_errors  # where a product in float32 may be TF32
+    scanned = advantages if exact is td_errors else torch.empty_like(exact)
     if offsets is None:
-        if mask is not None and shortest < shape[1]:
-            _zero_padding(work[:, :N].view(4, *shape), mask, shortest)
-        _scan_rows(td_errors, *shape, lam * gamma, out=advantages)
+        _scan_rows(exact, shape[0], shape[1], lam * gamma, out=scanned)
     else:
         longest = N if offsets.is_cuda else int(offsets.diff().max())
-        _scan_packed(td_errors, N, offsets, longest, lam * gamma, out=advantages)
+        _scan_packed(exact, N, offsets, longest, lam * gamma, out=scanned)
+    if scanned is not advantages:
+        advantages.copy_(scanned)
     if alpha == 1.0:
         torch.add(Q[:N], advantages[:N], out=returns[:N])
     else:
@@ -392,12 +396,11 @@ def _add_carry(scanned: Tensor, carry: Tensor, factor: float) -> None:
 @lru_cache(maxsize=32)
 def _powers(factor: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """M (BLOCK, BLOCK) with M[j, i] = factor^(j − i) for j ≥ i, so that δ @ M scans a block, and factor^(BLOCK − i)."""
-    with torch.inference_mode(False):
-        i = torch.arange(BLOCK, dtype=torch.float64, device=device)
-        matrix = (factor ** (i[:, None] - i).clamp(min=0)).tril()
-        weights = factor ** (BLOCK - i)
-        tiny = torch.finfo(dtype).tiny  # arithmetic with smaller numbers is slow, and of no consequence
-        return torch.where(matrix < tiny, 0.0, matrix).to(dtype), torch.where(weights < tiny, 0.0, weights).to(dtype)
+    i = torch.arange(BLOCK, dtype=torch.float64, device=device)
+    matrix = (factor ** (i[:, None] - i).clamp(min=0)).tril()
+    weights = factor ** (BLOCK - i)
+    tiny = torch.finfo(dtype).tiny  # arithmetic with smaller numbers is slow, and of no consequence
+    return torch.where(matrix < tiny, 0.0, matrix).to(dtype), torch.where(weights < tiny, 0.0, weights).to(dtype)
 
 
 def _right_padded(mask: Tensor) -> bool:

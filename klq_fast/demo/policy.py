@@ -148,7 +148,7 @@ def train_policy(
 
 @torch.no_grad()
 def sample(
-    policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rows: int = 128
+    policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rows: int = 512
 ) -> list[list[int]]:
     """One response per prompt, as token ids up to and with the first end-of-sequence token (none if cut off)."""
     ids = tokenizer(prompts)["input_ids"]

@@ -41,6 +41,16 @@ def shuffled(sentence: str, generator: random.Random) -> str:
     return " " + " ".join(words) + "."
 
 
+def garbled(sentence: str, vocabulary: list[str], generator: random.Random) -> str:
+    """The sentence with one or two of its words replaced, or grown together with, random pieces of the vocabulary."""
+    words = sentence[1:-1].split(" ")
+    for _ in range(generator.randint(1, 2)):
+        index = generator.randrange(len(words))
+        kept = words[index] if generator.random() < 0.5 else ""
+        words[index] = kept + "".join(generator.choices(vocabulary, k=generator.randint(1, 2)))
+    return " " + " ".join(words) + "."
+
+
 def run_on(sentence: str, other: str, generator: random.Random) -> str:
     """The sentence followed by more than was asked for, or grown into another one half-way."""
     if generator.random() < 0.5:
@@ -76,7 +86,9 @@ def score(model: GPTNeoXForSequenceClassification, rows: list[list[int]]) -> Ten
     return torch.cat(scores)[torch.tensor(order).argsort()]
 
 
-def spoilt(pair: Pair, other: Pair, drawn: str, generator: random.Random) -> list[tuple[str, bool]]:
+def spoilt(
+    pair: Pair, other: Pair, drawn: str, vocabulary: list[str], generator: random.Random
+) -> list[tuple[str, bool]]:
     """Three responses with faults that a policy finds first when they pay, each with whether it ended."""
     cut = truncated(pair.sentence, generator)
     fault = generator.choice(
@@ -84,6 +96,8 @@ def spoilt(pair: Pair, other: Pair, drawn: str, generator: random.Random) -> lis
             (cut, generator.random() < 0.5),
             (cut + ".", True),
             (shuffled(pair.sentence, generator), True),
+            (garbled(pair.sentence, vocabulary, generator), True),
+            (garbled(pair.sentence, vocabulary, generator), True),
             (run_on(pair.sentence, other.sentence, generator), True),
             (generic(pair.prompt, generator), True),
         ]
@@ -92,7 +106,7 @@ def spoilt(pair: Pair, other: Pair, drawn: str, generator: random.Random) -> lis
         [
             (truncated(drawn, generator), generator.random() < 0.5),
             (stuttering(drawn, generator), True),
-            (stuttering(drawn, generator), True),
+            (garbled(drawn, vocabulary, generator), True),
             (run_on(drawn, other.sentence, generator), True),
         ]
     )
@@ -120,6 +134,7 @@ def train_reward_model(
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     ended = [tokenizer.eos_token_id in response for response in drawn]
 
+    vocabulary = [text for id in range(len(tokenizer)) if (text := tokenizer.decode([id])).isalpha()]
     model_config = policy.config.to_dict() | {"num_labels": 1, "architectures": None}
     model = GPTNeoXForSequenceClassification(type(policy.config)(**model_config))
     model.gpt_neox.load_state_dict(policy.gpt_neox.state_dict())
@@ -136,7 +151,7 @@ def train_reward_model(
             pair, others = train[row], generator.sample(train, 2)
             responses = [(pair.sentence, True), (texts[row], ended[row]), *((other.sentence, True) for other in others)]
             if faults:
-                responses += spoilt(pair, others[0], texts[row], generator)
+                responses += spoilt(pair, others[0], texts[row], vocabulary, generator)
             sequences += [encode(tokenizer, pair.prompt, response, end) for response, end in responses]
         scores = score(model, sequences).view(len(batch), -1)  # (rows, 4 or 7)
         edges = len(BETTER) if faults else 3
