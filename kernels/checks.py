@@ -1,5 +1,6 @@
 """Argument checks shared by every operation: an error names the argument, what came and what was expected."""
 
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -32,8 +33,8 @@ def check_tensor(
 
 
 def check_number(name: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> None:
-    inside = isinstance(value, int | float) and (low < value if open_low else low <= value) and value <= high
-    if not inside or value == float("inf"):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
         left, right = "(" if open_low else "[", ")" if high == float("inf") else "]"
         raise ValueError(f"{name}: got {value!r}, expected a number in {left}{low:g}, {high:g}{right}")
 

@@ -155,5 +155,10 @@ _POSITIVE = tuple(
 )
 
 
+def looks_like_path(name: str) -> bool:
+    """Not a hub name, which is NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .config import InputError
+from .config import InputError, looks_like_path
 
 Messages = list[dict[str, str]]
 
@@ -63,10 +63,16 @@ def load_prompts(dataset: str, tokenizer: PreTrainedTokenizerBase, prompt_length
         train = [train[i] for i in sorted(order[count:]) if train[i].text not in texts]
     if not train or not heldout:
         raise InputError(
-            f"dataset {dataset}: got {len(train)} prompts to train on and {len(heldout)} to hold out, expected at "
+            f"--dataset {dataset}: got {len(train)} prompts to train on and {len(heldout)} to hold out, expected "
             "least 2 different prompts, or some in each split"
         )
     return Prompts(train, heldout, truncated)
+
+
+def check_dataset(dataset: str) -> None:
+    """Refuses a file or folder that is not there, before any work."""
+    if (Path(dataset).suffix == ".jsonl" or looks_like_path(dataset)) and not Path(dataset).exists():
+        raise InputError(f"--dataset: got {dataset!r}, expected an existing .jsonl file, a folder or a hub name")
 
 
 def _read(dataset: str) -> dict[str, list[Any]]:
@@ -87,12 +93,12 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         # At "\n" only: str.splitlines would also split at U+2028 and the like, which JSON allows inside a text.
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"dataset {path}: {error.strerror}, expected a .jsonl file") from None
+        raise InputError(f"--dataset {path}: {error.strerror}, expected a .jsonl file") from None
     kind = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"dataset {path}, line {number}"
+        where = f"--dataset {path}, line {number}"
         try:
             record = _checked(json.loads(line), where)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -108,22 +114,24 @@ def _read_with_datasets(dataset: str) -> dict[str, list[Any]]:
         import datasets
     except ImportError:
         raise InputError(
-            f"dataset {dataset}: neither a .jsonl file nor a folder with train.jsonl; anything else is read by the "
+            f"--dataset {dataset}: neither a .jsonl file nor a folder with train.jsonl; anything else is read by the "
             'datasets library: pip install "klq_fast[hub]"'
         ) from None
     try:
         loaded = datasets.load_dataset(dataset)
     except Exception as error:  # the library raises a dozen kinds for a dataset that is not there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"dataset {dataset}: could not be loaded: {reason}") from None
+        raise InputError(f"--dataset {dataset}: could not be loaded: {reason}") from None
     names = {"train": ("train",), "test": ("validation", "test")}
     splits = {}
     for split, candidates in names.items():
         for name in candidates:
             if name in loaded and split not in splits:
-                splits[split] = [_checked(r, f"dataset {dataset}, {name}, row {i}") for i, r in enumerate(loaded[name])]
+                splits[split] = [
+                    _checked(r, f"--dataset {dataset}, {name}, row {i}") for i, r in enumerate(loaded[name])
+                ]
     if "train" not in splits:
-        raise InputError(f"dataset {dataset}: got the splits {sorted(loaded)}, expected train")
+        raise InputError(f"--dataset {dataset}: got the splits {sorted(loaded)}, expected train")
     return splits
 
 
@@ -172,7 +180,7 @@ def _tokenize(
             truncated += 1
             text, tokens = _truncate(text, tokenizer, limit, add_special_tokens=not is_chat)
         if not tokens:
-            raise InputError(f"dataset: the prompt {text[:80]!r} has no tokens")
+            raise InputError(f"--dataset: the prompt {text[:80]!r} has no tokens")
         prompts.append(Prompt(text, tokens, chat))
     return prompts, truncated
 
@@ -180,11 +188,11 @@ def _tokenize(
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat as the policy reads it, up to where the answer starts."""
     if tokenizer.chat_template is None:
-        raise InputError("dataset: it holds chat messages, but the policy's tokenizer has no chat template")
+        raise InputError("--dataset: it holds chat messages, but the policy's tokenizer has no chat template")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:  # such as a template that knows no system role
-        raise InputError(f"dataset: the policy's chat template refuses {str(messages)[:200]}: {error}") from None
+        raise InputError(f"--dataset: the policy's chat template refuses {str(messages)[:200]}: {error}") from None
 
 
 def _truncate(

@@ -53,22 +53,22 @@ class PPO:
         softcap: float | None,
     ) -> PPOLossOutput:
         """This microbatch's share of the minibatch's loss."""
+        mask = batch.mask  # padding costs nothing in the head
         logprobs = linear_logprobs(
-            hidden,
+            hidden[mask],
             head.weight,
-            batch.response_tokens,
+            batch.response_tokens[mask],
             bias=head.bias,
             temperature=self.temperature,
             softcap=softcap,
         )
         return ppo_loss(
             logprobs,
-            batch.logprobs,
-            values,
-            batch.values,
-            batch.advantages,
-            batch.returns,
-            batch.mask,
+            batch.logprobs[mask],
+            values[mask],
+            batch.values[mask],
+            batch.advantages[mask],
+            batch.returns[mask],
             clip=self.clip,
             value_clip=self.value_clip,
             value_coef=self.value_coef,

@@ -94,7 +94,7 @@ def parse_command_line(args: Sequence[str]) -> Config:
 
 def with_demo_models(config: Config) -> Config:
     """The demo brings its own policy, reward model and prompts, made on first use; what the user names stays."""
-    if config.preset != "demo":
+    if config.preset != "demo" or (config.policy and config.dataset and (config.reward_model or config.reward)):
         return config
     from .demo.prepare import prepare
 

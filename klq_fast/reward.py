@@ -10,20 +10,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import InputError
 from .data import Prompt
-from .models import compute_dtype, load_reward_model, load_tokenizer, max_positions
+from .models import load_reward_model, load_tokenizer, max_positions
 
 # (prompts, responses, ended) -> a score each, float32 on the CPU
 Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], Tensor]
 
 
-def load_reward(reward: str | None, reward_model: str | None, device: torch.device) -> Reward:
+def load_reward(reward: str | None, reward_model: str | None, device: torch.device, max_tokens: int) -> Reward:
     if reward:
         return reward_from_function(reward)
     if reward_model:
         return reward_from_model(
-            load_reward_model(reward_model, device), load_tokenizer("reward_model", reward_model), max_tokens=16_384
+            load_reward_model(reward_model, device), load_tokenizer("reward-model", reward_model), max_tokens
         )
-    raise InputError("reward_model: got neither a reward model nor a reward function, expected one of them")
+    raise InputError("--reward-model: got neither a reward model nor a reward function, expected one of them")
 
 
 def reward_from_function(name: str) -> Reward:
@@ -75,7 +75,7 @@ def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     labels = model.config.num_labels or 1
     if labels > 2:
-        raise InputError(f"reward_model: got {labels} labels, expected 1 (a score) or 2 (the second one is good)")
+        raise InputError(f"--reward-model: got {labels} labels, expected 1 (a score) or 2 (the second is good)")
     # Neither may know a limit: a tokenizer without one says 10**30, more than its own truncation takes.
     longest = min(tokenizer.model_max_length, max_positions(model) or 2**31)
     tokenizer.truncation_side = "left"  # the response is at the end
@@ -110,14 +110,13 @@ def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             tokens = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chosen], device=model.device)
             lengths = torch.tensor([len(rows[i]) for i in chosen], device=model.device)
             mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
-            with compute_dtype(model.device):
-                logits = model(input_ids=tokens, attention_mask=mask).logits
+            logits = model(input_ids=tokens, attention_mask=mask).logits
             scores[chosen] = logits[:, -1].float().cpu()
         if not scores.isfinite().all():
             row = int((~scores.isfinite()).nonzero()[0])
             raise InputError(
-                f"reward_model: got the score {float(scores[row])} for the prompt {prompts[row].text[:200]!r} and the "
-                f"response {responses[row][:200]!r}, expected a finite number"
+                f"--reward-model: got the score {float(scores[row])} for the prompt {prompts[row].text[:200]!r} and "
+                f"the response {responses[row][:200]!r}, expected a finite number"
             )
         return scores
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .batch import Rollout
 from .data import Prompt
-from .models import Policy, compute_dtype, pad_token, stop_tokens
+from .models import Policy, pad_token, stop_tokens
 from .reward import Reward
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1  # training and evaluation draw from different random streams
@@ -69,7 +69,7 @@ class Generator:
         sampler = Sampler(
             uniforms(self.seed, stream, episodes, self.response_length).to(device), self.policy.temperature
         )
-        with torch.no_grad(), compute_dtype(device):
+        with torch.no_grad():
             sequences = self.policy.model.generate(  # type: ignore[operator]
                 input_ids=prompt_tokens,
                 attention_mask=attention_mask,

@@ -1,5 +1,6 @@
 """A run's folder and a run's end: where it may start, what it leaves, and how it stops."""
 
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def open_run(config: Config) -> Path:
         raise SystemExit(0)
     if config.resume and not holds_run:
         print(f"no run to go on with in {run}: starting one")
-    if holds_run and not config.resume and not config.dry_run:
+    if holds_run and not config.resume:
         raise InputError(f"--output-dir {run}: it holds another run; --resume goes on with it")
     return run
 
@@ -79,4 +80,4 @@ class StopRequest:
 
 
 def resume_command(config: Config) -> str:
-    return f"python -m klq_fast.train {config.preset} --output-dir {config.output_dir} --resume"
+    return f"python -m klq_fast.train {config.preset} --output-dir {shlex.quote(str(config.output_dir))} --resume"

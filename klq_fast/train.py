@@ -1,5 +1,6 @@
 """The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom."""
 
+import math
 import signal
 import sys
 import time
@@ -14,11 +15,11 @@ from . import distributed, plots
 from .batch import Rollout
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .config import Config, InputError
-from .data import Prompts, load_prompts
+from .data import Prompts, check_dataset, load_prompts
 from .evaluate import evaluate
 from .klq import KLQ
 from .metrics import Record, Reporter, append_line, keep_lines, read_lines, write_text
-from .models import Policy, load_policy, load_reference, load_tokenizer, max_positions
+from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer, max_positions
 from .ppo import PPO
 from .presets import parse_command_line, with_demo_models
 from .reward import load_reward, reward_from_function
@@ -49,9 +50,8 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {"klq": KLQ.from_config, 
 
 def main(args: Sequence[str] | None = None) -> None:
     try:
-        config = parse_command_line(sys.argv[1:] if args is None else args)
-        train(config)
-    except InputError as error:
+        train(parse_command_line(sys.argv[1:] if args is None else args))
+    except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -60,17 +60,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def train(config: Config) -> None:
+    check_names(config)
     if config.dry_run:
         return describe(config)
-    state = distributed.start(config.threads)
     run = open_run(config)
+    state = distributed.start(config.threads)
     config = with_demo_models(config)
-    check_names(config)
     assert config.policy and config.dataset
 
     tokenizer = load_tokenizer("policy", config.policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
-    reward = load_reward(config.reward, config.reward_model, state.device)
+    reward = load_reward(config.reward, config.reward_model, state.device, config.microbatch_tokens)
     policy = load_policy(config.policy, config.temperature, config.seed, state.device)
     reference = load_reference(config.policy, config.temperature, state.device)
     check_lengths(prompts, policy, config.response_length)
@@ -82,9 +82,12 @@ def train(config: Config) -> None:
     write_text(run / "config.yaml", config.to_yaml())
     done = restore_checkpoint(run / "checkpoints", policy, optimizer)
     keep_lines(run / "metrics.jsonl", lambda record: record["batch"] <= done)
-    keep_lines(run / "eval.jsonl", lambda record: 0 < done and record["episodes"] <= done * config.batch_size)
+    keep_lines(run / "eval.jsonl", lambda record: record["batch"] <= done)
 
-    def evaluate_policy(batches: int) -> None:
+    def evaluate_if_due(batches: int) -> None:
+        due = batches % config.eval_every == 0 or batches == config.num_batches
+        if not due or any(record["batch"] == batches for record in read_lines(run / "eval.jsonl")):
+            return
         record, samples = evaluate(
             generator,
             reference,
@@ -104,42 +107,43 @@ def train(config: Config) -> None:
             f"out, {prompts.truncated} cut to {config.prompt_length} tokens; {config.num_batches} batches of "
             f"{config.batch_size}; run folder {run}" + (f"; going on after batch {done}" if done else "")
         )
-        if done == 0:
-            evaluate_policy(0)
-        for batch in range(done, config.num_batches):
-            started = time.monotonic()
-            episodes = range(batch * config.batch_size, (batch + 1) * config.batch_size)
-            batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
-            rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
-            try:
+        try:
+            evaluate_if_due(done)
+            while done < config.num_batches:
+                started = time.monotonic()
+                episodes = range(done * config.batch_size, (done + 1) * config.batch_size)
+                batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
+                rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
                 scores, _ = generator.score(batch_prompts, rollout)
-            except InputError:  # a reward function may fail at any batch: what was learned until then is kept
-                save_checkpoint(run / "checkpoints", batch, policy, optimizer)
-                reporter.say(f"the reward failed in batch {batch + 1}; go on with: {resume_command(config)}")
-                raise
-            rollout = generator.rewarded(rollout, scores)
-            rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
-            rollout = algorithm.targets(rollout)
-            losses = update(policy, optimizer, algorithm, rollout, config, batch)
-            record = {"batch": batch + 1, "episodes": episodes.stop}
-            # The rollout's KL, of whole sequences before the update, stands for the loss's, of tokens during it.
-            record |= losses | rollout_metrics(rollout, scores, config.tau) | {"seconds": time.monotonic() - started}
-            append_line(run / "metrics.jsonl", record)
-            reporter.batch(record)
+                rollout = generator.rewarded(rollout, scores)
+                rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
+                rollout = algorithm.targets(rollout)
+                losses = update(policy, optimizer, algorithm, rollout, config, done)
+                done += 1
+                record: Record = {"batch": done, "episodes": episodes.stop}
+                # The KL of whole sequences before the update stands for the loss's, of tokens during it.
+                record |= losses | rollout_metrics(rollout, scores, config.tau)
+                record["seconds"] = time.monotonic() - started
+                append_line(run / "metrics.jsonl", record)
+                reporter.batch(record)
 
-            last = batch + 1 == config.num_batches
-            if last or (batch + 1) % config.eval_every == 0:
-                evaluate_policy(batch + 1)
-            if last or stop.requested or (batch + 1) % config.checkpoint_every == 0:
-                save_checkpoint(run / "checkpoints", batch + 1, policy, optimizer)
-                plots.draw(run)
-            if stop.requested and not last:
-                reporter.say(f"stopped after batch {batch + 1}; go on with: {resume_command(config)}")
-                raise SystemExit(128 + stop.requested)
+                evaluate_if_due(done)
+                if stop.requested or done % config.checkpoint_every == 0 or done == config.num_batches:
+                    save_checkpoint(run / "checkpoints", done, policy, optimizer)
+                    plots.draw(run)
+                if stop.requested and done < config.num_batches:
+                    reporter.say(f"stopped after batch {done}; go on with: {resume_command(config)}")
+                    raise SystemExit(128 + stop.requested)
+        except InputError:  # a reward may fail at any time: what was learned until then is kept
+            if done:
+                save_checkpoint(run / "checkpoints", done, policy, optimizer)
+            reporter.say(f"failed after batch {done}; once mended, go on with: {resume_command(config)}")
+            raise
 
+        plots.draw(run)
         export(run, policy, tokenizer)
-        reporter.samples(read_lines(run / "samples.jsonl"))
-        reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
+    reporter.samples(read_lines(run / "samples.jsonl"))
+    reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
 
 
 def update(
@@ -151,6 +155,10 @@ def update(
     total_steps = config.num_batches * config.epochs * steps_per_epoch
     step = batch * config.epochs * steps_per_epoch
     sums: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + value
+
     for epoch in range(config.epochs):
         order = torch.from_numpy(np.random.default_rng([config.seed, batch, epoch]).permutation(len(rollout)))
         for rows in order.to(rollout.prompt_tokens.device).split(size):
@@ -161,29 +169,41 @@ def update(
                 output = policy(microbatch, algorithm.loss, num_tokens)
                 output.loss.backward()
                 share = microbatch.num_tokens / num_tokens
-                for name, value in {"loss": output.loss.detach() / share, **output.metrics}.items():
-                    sums[name] = sums.get(name, 0) + value * share
-            sums["grad_norm"] = sums.get("grad_norm", 0) + nn.utils.clip_grad_norm_(
-                policy.parameters(), config.max_grad_norm
-            )
+                add("loss", output.loss.detach())
+                for name, value in output.metrics.items():
+                    add(name, value * share)
+            add("grad_norm", nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+            learning_rate = config.learning_rate * (1 - step / total_steps)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / total_steps)
+                group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
             step += 1
     steps = config.epochs * steps_per_epoch
-    return {name: float(value) / steps for name, value in sums.items()} | {"learning_rate": group["lr"]}
+    means = {name: float(value) / steps for name, value in sums.items()}
+    # Of the residuals of a microbatch, not a mean over tokens; rollout_metrics has the values' own, of the batch.
+    means.pop("explained_variance", None)
+    if not math.isfinite(means["loss"] + means["grad_norm"]):
+        raise FloatingPointError(
+            f"batch {batch + 1}: got loss {means['loss']} and gradient norm {means['grad_norm']}, expected finite "
+            "numbers; the last checkpoint is good; a lower --learning-rate may help"
+        )
+    return means | {"learning_rate": learning_rate}
 
 
 def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
     """Means over the batch's sequences; kl is Σ log π_old/π_b over a sequence, rlhf_reward Eq. 3."""
     score, kl = float(scores.mean()), float(rollout.log_ratio.sum(1).mean())
+    returns, values = rollout.returns[rollout.mask], rollout.values[rollout.mask]
+    variance = returns.var(correction=0)
+    explained = 1 - (returns - values).var(correction=0) / variance
     return {
         "score": score,
         "rlhf_reward": score - tau * kl,
         "kl": kl,
         "response_length": float(rollout.response_lengths.float().mean()),
         "no_eos": float((~rollout.ended).float().mean()),
+        "explained_variance": float(torch.where(variance > 0, explained, 0.0)),  # of the returns, by the values
     }
 
 
@@ -192,36 +212,42 @@ def check_lengths(prompts: Prompts, policy: Policy, response_length: int) -> Non
     positions = max_positions(policy.model)
     if positions is not None and longest + response_length > positions:
         raise InputError(
-            f"policy: it has {positions} positions, fewer than the longest prompt's {longest} tokens + "
+            f"--policy: it has {positions} positions, fewer than the longest prompt's {longest} tokens + "
             f"--response-length {response_length}; lower --prompt-length or --response-length"
         )
 
 
 def check_names(config: Config) -> None:
-    for name in ("policy", "dataset"):
-        if getattr(config, name) is None:
-            raise InputError(f"--{name} is missing: the preset {config.preset} does not name one")
-    if not config.reward and not config.reward_model:
-        raise InputError("--reward-model is missing, and so is --reward, a Python function: expected one of them")
+    """What can be known before any work: is everything named, and is it there? The demo makes what is not named."""
+    if config.preset != "demo":
+        for name in ("policy", "dataset"):
+            if getattr(config, name) is None:
+                raise InputError(f"--{name}: got none, and the preset {config.preset} does not name one")
+        if not config.reward and not config.reward_model:
+            raise InputError("--reward-model: got none, and no --reward, a Python function: expected one of them")
+    if config.reward:
+        reward_from_function(config.reward)
+    if config.policy:
+        check_folder("policy", config.policy)
+    if config.reward_model:
+        check_folder("reward-model", config.reward_model)
+    if config.dataset:
+        check_dataset(config.dataset)
 
 
 def describe(config: Config) -> None:
-    """--dry-run: reads the prompts, finds the reward function, loads no model and writes nothing."""
+    """--dry-run: reads the prompts, loads no model and writes nothing."""
     print(config.to_yaml(), end="")
     print(f"# {config.num_batches} batches; run folder {config.output_dir}")
-    if config.preset == "demo" and not config.policy:
-        print("# the demo makes its own policy, reward model and prompts on first use, in about 80 s of one CPU core")
-        return
-    check_names(config)
-    assert config.policy and config.dataset
-    if config.reward:
-        reward_from_function(config.reward)
-    tokenizer = load_tokenizer("policy", config.policy)
-    prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
-    print(
-        f"# {len(prompts.train)} prompts, {len(prompts.heldout)} held out, {prompts.truncated} cut to "
-        f"{config.prompt_length} tokens"
-    )
+    if config.policy and config.dataset:
+        tokenizer = load_tokenizer("policy", config.policy)
+        prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
+        print(
+            f"# {len(prompts.train)} prompts, {len(prompts.heldout)} held out, {prompts.truncated} cut to "
+            f"{config.prompt_length} tokens"
+        )
+    else:
+        print("# the demo makes the policy, reward model and prompts that are not named, in about 80 s of one CPU core")
 
 
 if __name__ == "__main__":

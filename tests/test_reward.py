@@ -212,12 +212,12 @@ def test_a_function_that_is_not_there(
     (tmp_path / "divides_by_zero.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=f"^--reward {re.escape(name)}: .*{said}"):
-        load_reward(name, None, CPU)
+        load_reward(name, None, CPU, 8192)
 
 
 def test_no_reward_at_all() -> None:
     with pytest.raises(InputError, match="expected one of them"):
-        load_reward(None, None, CPU)
+        load_reward(None, None, CPU, 8192)
 
 
 # Reward models.
@@ -350,7 +350,7 @@ def test_more_labels_are_refused(folder: Path) -> None:
     config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     config.num_labels = 3
     _, tokenizer = load(folder / "gpt2_reward")
-    with pytest.raises(InputError, match=r"reward_model: got 3 labels, expected 1 .* or 2"):
+    with pytest.raises(InputError, match=r"--reward-model: got 3 labels, expected 1 .* or 2"):
         reward_from_model(GPT2ForSequenceClassification(config), tokenizer, 1000)
 
 
@@ -381,7 +381,7 @@ def test_a_long_chat_keeps_its_end(folder: Path) -> None:
 
 def test_reward_models_are_loaded_frozen_without_dropout(folder: Path) -> None:
     """Twice the same scores: GPT-2's config has dropout."""
-    score = load_reward(None, str(folder / "gpt2_reward"), CPU)
+    score = load_reward(None, str(folder / "gpt2_reward"), CPU, 8192)
     first, second = (score(prompts_of(*PROMPTS), RESPONSES, ENDED) for _ in range(2))
     assert torch.equal(first, second) and not first.requires_grad
     model, tokenizer = load(folder / "gpt2_reward")

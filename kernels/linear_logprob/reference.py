@@ -14,7 +14,8 @@ def head_logits(
 ) -> Tensor:  # (…, V)
     """softcap(hidden · weightᵀ + bias), in float32 (float64 where hidden or weight is float64)."""
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     if softcap is not None:

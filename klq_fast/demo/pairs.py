@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 # Folders whose docstrings are not about the functions they document, or that belong to other packages.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
-PROMPT_CHARACTERS = 70
-SENTENCE_CHARACTERS = (15, 90)
+PROMPT_CHARACTERS = 80
+SENTENCE_CHARACTERS = (15, 100)
 HELD_OUT = 0.08  # share of the groups of related functions
 LARGEST_HELD_OUT_GROUP = 8  # `def close(self):` and its like tie hundreds of pairs together: those stay in training
 
@@ -42,11 +42,9 @@ def sentences(paragraph: str) -> Iterator[str]:
         text += "."
     shortest, longest = SENTENCE_CHARACTERS
     for sentence in re.split(r"(?<=[.!?:])(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)\s", text):
-        words = re.findall(r"[A-Za-z']+", sentence)
-        prose = sum(map(len, words)) + sentence.count(" ")
-        whole = re.match(r"[A-Z][a-z].*\.$", sentence) and shortest <= len(sentence) <= longest and sentence.isascii()
-        # else code, a table or the beginning of a list
-        yield " " + sentence if whole and len(words) >= 3 and prose >= 0.85 * len(sentence) else ""
+        # Letters, digits and plain punctuation: no code, table or beginning of a list.
+        plain = re.fullmatch(r"[A-Z][a-z][A-Za-z0-9 ,.'_-]*\.", sentence) and sentence.count(" ") >= 2
+        yield " " + sentence if plain and shortest <= len(sentence) <= longest else ""
 
 
 def _heading(node: ast.AST) -> str:

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
 
+from ..rollout import Sampler
 from .pairs import Pair, Pairs
 
 if TYPE_CHECKING:
@@ -84,7 +91,7 @@ def learning_rate_share(index: int, steps: int, warmup: int = 40) -> float:
 
 
 def train_policy(
-    pairs: Pairs, tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", track: Track
+    pairs: Pairs, tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", steps: int, track: Track
 ) -> GPTNeoXForCausalLM:
     """Supervised fine-tuning from random weights: first on all docstring sentences, then on the pairs alone.
 
@@ -115,10 +122,10 @@ def train_policy(
     prompts = [ids or [tokenizer.eos_token_id] for ids in tokenizer([pair.prompt for pair in texts])["input_ids"]]
     responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([pair.sentence for pair in texts])["input_ids"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    steps, optims = config.policy_steps, optimizers(policy, config.policy_learning_rate, weight_decay=0.3)
+    optims = optimizers(policy, config.policy_learning_rate, weight_decay=0.3)
     everything = token_batches(lengths, config.policy_rows, generator)
     task = token_batches(lengths[: len(pairs.train)], config.policy_rows, generator)
-    for index in track(range(steps), "training the policy on docstrings", steps):
+    for index in track(range(steps), "learning to write docstrings", steps):
         batch = next(everything if index < config.general_share * steps else task)
         rows = [prompts[row] + responses[row] for row in batch]
         tokens = right_padded(rows, tokenizer.pad_token_id)  # (B, S)
@@ -148,21 +155,27 @@ def train_policy(
 
 @torch.no_grad()
 def sample(
-    policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rows: int = 512
+    policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], temperature: float
 ) -> list[list[int]]:
     """One response per prompt, as token ids up to and with the first end-of-sequence token (none if cut off)."""
     ids = tokenizer(prompts)["input_ids"]
     order = sorted(range(len(prompts)), key=lambda row: len(ids[row]))
+    length = policy.generation_config.max_new_tokens
     responses: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
+    for start in range(0, len(order), 256):
+        batch = order[start : start + 256]
         width = max(len(ids[row]) for row in batch)
         padding = [width - len(ids[row]) for row in batch]
-        tokens = torch.tensor(
-            [[tokenizer.pad_token_id] * pad + ids[row] for pad, row in zip(padding, batch, strict=True)]
-        )
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-        generated = policy.generate(input_ids=tokens, attention_mask=mask)[:, width:].tolist()
+        # The training loop's sampler: torch.multinomial, which do_sample uses, takes more time here than the model.
+        sampler = Sampler(torch.rand(len(batch), length, dtype=torch.float64), temperature)
+        generated = policy.generate(  # type: ignore[misc]
+            input_ids=torch.tensor(
+                [[tokenizer.pad_token_id] * pad + ids[row] for pad, row in zip(padding, batch, strict=True)]
+            ),
+            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+            logits_processor=LogitsProcessorList([sampler]),
+            do_sample=False,
+        )[:, width:].tolist()
         for row, response in zip(batch, generated, strict=True):
             end = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
             responses[row] = response[:end]

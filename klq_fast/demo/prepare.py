@@ -17,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from .pairs import Pair, Pairs, collect, stdlib_sources
 from .policy import train_policy, train_tokenizer
@@ -35,16 +36,17 @@ class DemoConfig:
     hidden_size: int = 96
     layers: int = 2
     heads: int = 4
-    policy_steps: int = 650
+    policy_steps: int = 350
+    reader_steps: int = 600  # of the language model that becomes the reward model: it must know more than the policy
     policy_rows: int = 24  # pairs per optimizer step
     policy_learning_rate: float = 6e-3
     general_share: float = 0.65  # of the steps, on all docstring sentences; the rest on the pairs alone
     prompt_weight: float = 0.3  # of the signature's tokens in the loss
-    reward_steps: int = 700
-    relevance_share: float = 0.45  # of those steps, on the samples and on sentences about other functions alone
+    reward_steps: int = 420
+    relevance_share: float = 0.25  # of those steps, before the spoilt responses come in
     reward_rows: int = 8  # prompts per optimizer step, each with one human sentence and several worse ones
-    reward_learning_rate: float = 7e-4
-    temperature: float = 0.8  # of the samples that the reward model learns from: the one to train with
+    reward_learning_rate: float = 5e-4
+    temperature: float = 1.0  # at which the policy's samples score 0 ± 1: the one to train with
     response_length: int = 32  # tokens, with the end-of-sequence token
 
 
@@ -54,7 +56,7 @@ class DemoPaths:
 
     policy: Path
     reward_model: Path
-    prompts: Path  # .jsonl of {"prompt": …}
+    prompts: Path  # .jsonl of {"prompt": …}; its folder, with test.jsonl, is a dataset with a held-out split
     heldout: Path
 
 
@@ -102,8 +104,8 @@ def _tracker(progress: Callable[[str], None]) -> Callable[[Iterable[Item], str, 
 
 
 def _write_prompts(folder: Path, pairs: Pairs) -> None:
-    """prompts.jsonl and heldout.jsonl with each distinct prompt once; pairs.json keeps the human sentences."""
-    for name, part in (("prompts", pairs.train), ("heldout", pairs.heldout)):
+    """train.jsonl and test.jsonl with each distinct prompt once; pairs.json keeps the human sentences."""
+    for name, part in (("train", pairs.train), ("test", pairs.heldout)):
         lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in dict.fromkeys(pair.prompt for pair in part))
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "pairs.json").write_text(json.dumps(pairs._asdict()))
@@ -131,6 +133,7 @@ def prepare(
     data, policy_folder, reward_folder = root / "data", root / "policy", root / "reward_model"
     track = _tracker(progress)
 
+    transformers_logging.disable_progress_bar()  # they would only name files
     if not data.exists():
         progress("demo: reading signatures and docstrings from the Python standard library")
         pairs = collect()
@@ -142,7 +145,7 @@ def prepare(
         pairs = _read_pairs(data)
         with torch.random.fork_rng(devices=[]), _atomically(policy_folder) as folder:
             tokenizer = train_tokenizer(pairs.train, config.vocab_size)
-            policy = train_policy(pairs, tokenizer, config, track)
+            policy = train_policy(pairs, tokenizer, config, config.policy_steps, track)
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     if not reward_folder.exists():
@@ -150,8 +153,9 @@ def prepare(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(policy_folder)
         policy = GPTNeoXForCausalLM.from_pretrained(policy_folder)
         with torch.random.fork_rng(devices=[]), _atomically(reward_folder) as folder:
-            reward_model = train_reward_model(pairs, policy, tokenizer, config, track)
+            reader = train_policy(pairs, tokenizer, config, config.reader_steps, track)
+            reward_model = train_reward_model(pairs, policy, reader, tokenizer, config, track)
             reward_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         progress(f"demo: ready in {root}")
-    return DemoPaths(policy_folder, reward_folder, data / "prompts.jsonl", data / "heldout.jsonl")
+    return DemoPaths(policy_folder, reward_folder, data / "train.jsonl", data / "test.jsonl")

@@ -1,5 +1,6 @@
 """The demo's learned reward: which docstring sentence would a reader prefer for this signature?"""
 
+import copy
 import random
 import re
 from typing import TYPE_CHECKING
@@ -51,6 +52,15 @@ def garbled(sentence: str, vocabulary: list[str], generator: random.Random) -> s
     return " " + " ".join(words) + "."
 
 
+def salad(words: list[str], generator: random.Random) -> str:
+    """Words drawn by their frequency, half of the time a handful of them over and over ("If this this and this.")."""
+    count = generator.randint(3, 10)
+    if generator.random() < 0.5:
+        words = generator.choices(words, k=generator.randint(1, 4))
+    drawn = generator.choices(words, k=count)
+    return " " + " ".join([drawn[0].capitalize(), *drawn[1:]]) + "."
+
+
 def run_on(sentence: str, other: str, generator: random.Random) -> str:
     """The sentence followed by more than was asked for, or grown into another one half-way."""
     if generator.random() < 0.5:
@@ -62,9 +72,18 @@ def run_on(sentence: str, other: str, generator: random.Random) -> str:
 def generic(prompt: str, generator: random.Random) -> str:
     """Short sentences that fit anything, and the signature's own words."""
     name = " ".join(re.findall(r"[a-z]+|[A-Z][a-z]*", prompt[4 : prompt.index("(")]))
-    candidates = [" Return True.", " Return the value.", " Return it.", " Return a new object.", " Internal function.",
-                  " Return the object.", " Set the value.", f" {name}.", f" {name.capitalize()}.",
-                  f" {prompt[4:]}", f" Return the {name} {name}.", " Return the " + "name of the " * 2 + "name."]  # fmt: skip
+    candidates = [
+        f" {name}.",
+        f" {name.capitalize()}.",
+        f" {prompt[4:]}",
+        f" Return the {name} {name}.",
+        *(f" Return {what}." for what in ("True", "it", "self", "the value", "the object", "a new object", "the name")),
+        *(
+            f" {what}."
+            for what in ("Internal function", "Set the value", "Return True if it is not", "Not implemented")
+        ),
+        f" Return True if the {generator.choice(['object', 'file', 'operand', 'widget'])} is {name}.",
+    ]
     return generator.choice(candidates)
 
 
@@ -79,7 +98,7 @@ def score(model: GPTNeoXForSequenceClassification, rows: list[list[int]]) -> Ten
     scores = []
     for half in (order[: len(order) // 2], order[len(order) // 2 :]):
         if half:
-            tokens = right_padded([rows[row] for row in half], model.config.pad_token_id)
+            tokens = right_padded([rows[row] for row in half], 0)  # whatever stands behind the last token
             last = torch.tensor([len(rows[row]) - 1 for row in half])
             hidden = model.gpt_neox(input_ids=tokens).last_hidden_state[torch.arange(len(half)), last]  # (B / 2, D)
             scores.append(model.score(hidden)[:, 0])
@@ -87,57 +106,70 @@ def score(model: GPTNeoXForSequenceClassification, rows: list[list[int]]) -> Ten
 
 
 def spoilt(
-    pair: Pair, other: Pair, drawn: str, vocabulary: list[str], generator: random.Random
+    pair: Pair, other: Pair, drawn: str, vocabulary: list[str], words: list[str], generator: random.Random
 ) -> list[tuple[str, bool]]:
-    """Three responses with faults that a policy finds first when they pay, each with whether it ended."""
+    """Responses with faults that a policy finds first when they pay, each with whether it ended."""
     cut = truncated(pair.sentence, generator)
-    fault = generator.choice(
-        [
-            (cut, generator.random() < 0.5),
-            (cut + ".", True),
-            (shuffled(pair.sentence, generator), True),
-            (garbled(pair.sentence, vocabulary, generator), True),
-            (garbled(pair.sentence, vocabulary, generator), True),
-            (run_on(pair.sentence, other.sentence, generator), True),
-            (generic(pair.prompt, generator), True),
-        ]
-    )
-    sample_fault = generator.choice(
-        [
-            (truncated(drawn, generator), generator.random() < 0.5),
-            (stuttering(drawn, generator), True),
-            (garbled(drawn, vocabulary, generator), True),
-            (run_on(drawn, other.sentence, generator), True),
-        ]
-    )
-    return [fault, (stuttering(pair.sentence, generator), True), sample_fault]
+    faults = [
+        (cut, generator.random() < 0.5),
+        (cut + ".", True),
+        (shuffled(pair.sentence, generator), True),
+        (run_on(pair.sentence, other.sentence, generator), True),
+        (generic(pair.prompt, generator), True),
+    ]
+    sample_faults = [
+        (truncated(drawn, generator), generator.random() < 0.5),
+        (stuttering(drawn, generator), True),
+        (run_on(drawn, other.sentence, generator), True),
+    ]
+    disguise = stuttering(pair.sentence, generator) if generator.random() < 0.5 else salad(words, generator)
+    return [
+        generator.choice(faults),
+        (disguise, True),
+        (garbled(pair.sentence, vocabulary, generator), True),
+        generator.choice(sample_faults),
+        (salad(words, generator), True),
+    ]
 
 
-# What each step compares for one prompt: 0 the human sentence, 1 the policy's sample, 2 and 3 human sentences about
-# other functions, 4 to 6 `spoilt`. The human sentence beats everything, and a sample beats the same sample spoiled.
-BETTER = [0, 0, 0, 0, 0, 1]
-WORSE = [1, 2, 3, 4, 5, 6]
+# What each step compares for one prompt: 0 the human sentence, 1 and 2 the policy's samples at a low and at a high
+# temperature, 3 and 4 human sentences about other functions, 5 to 9 `spoilt`. (better, worse, weight in the loss)
+COMPARISONS = [(0, 1, 1.0), (1, 2, 1.5), (0, 3, 0.75), (0, 4, 0.75)]
+FAULTS = [(0, 5, 0.5), (0, 6, 0.5), (0, 7, 0.5), (1, 8, 0.5), (2, 9, 0.5)]
+COOL, HOT = 0.5, 1.2
+
+
+def draw(
+    policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], temperature: float
+) -> tuple[list[str], list[bool]]:
+    """The policy's response to each prompt, and whether it ended."""
+    responses = sample(policy, tokenizer, prompts, temperature)
+    ended = [tokenizer.eos_token_id in response for response in responses]
+    return tokenizer.batch_decode(responses, skip_special_tokens=True), ended
 
 
 def train_reward_model(
     pairs: Pairs,
     policy: GPTNeoXForCausalLM,
+    reader: GPTNeoXForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     config: "DemoConfig",
     track: Track,
 ) -> GPTNeoXForSequenceClassification:
-    """Bradley-Terry from the policy's trunk; the policy's own samples for held-out prompts score 0 ± 1."""
+    """Bradley-Terry from the reader's trunk; the policy's own samples for held-out prompts score 0 ± 1."""
     torch.manual_seed(config.seed + 1)
     generator = random.Random(config.seed + 1)
     train = pairs.train
-    drawn = sample(policy, tokenizer, [pair.prompt for pair in train])
-    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-    ended = [tokenizer.eos_token_id in response for response in drawn]
-
-    vocabulary = [text for id in range(len(tokenizer)) if (text := tokenizer.decode([id])).isalpha()]
-    model_config = policy.config.to_dict() | {"num_labels": 1, "architectures": None}
-    model = GPTNeoXForSequenceClassification(type(policy.config)(**model_config))
-    model.gpt_neox.load_state_dict(policy.gpt_neox.state_dict())
+    texts, ended = zip(
+        *(draw(policy, tokenizer, [pair.prompt for pair in train], temperature) for temperature in (COOL, HOT)),
+        strict=True,
+    )
+    vocabulary = [text for text in tokenizer.batch_decode([[id] for id in range(len(tokenizer))]) if text.isalpha()]
+    words = [word for pair in train for word in re.findall("[a-z]+", pair.sentence)]
+    model_config = copy.deepcopy(reader.config)
+    model_config.num_labels = 1
+    model = GPTNeoXForSequenceClassification(model_config)
+    model.gpt_neox.load_state_dict(reader.gpt_neox.state_dict())
     steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate, weight_decay=0.0)
     rows: list[int] = []
     for index in track(range(steps), "training the reward model on preferences", steps):
@@ -149,15 +181,17 @@ def train_reward_model(
         sequences = []
         for row in batch:
             pair, others = train[row], generator.sample(train, 2)
-            responses = [(pair.sentence, True), (texts[row], ended[row]), *((other.sentence, True) for other in others)]
+            responses = [(pair.sentence, True), *((texts[heat][row], ended[heat][row]) for heat in (0, 1))]
+            responses += [(other.sentence, True) for other in others]
             if faults:
-                responses += spoilt(pair, others[0], texts[row], vocabulary, generator)
+                responses += spoilt(pair, others[0], texts[0][row], vocabulary, words, generator)
             sequences += [encode(tokenizer, pair.prompt, response, end) for response, end in responses]
-        scores = score(model, sequences).view(len(batch), -1)  # (rows, 4 or 7)
-        edges = len(BETTER) if faults else 3
-        margins = scores[:, BETTER[:edges]] - scores[:, WORSE[:edges]]
-        step(model, optims, -nn.functional.logsigmoid(margins).mean(), learning_rate_share(index, steps))
-    normalise(model.eval(), policy, tokenizer, [pair.prompt for pair in pairs.heldout])
+        scores = score(model, sequences).view(len(batch), -1)  # (rows, 5 or 10)
+        better, worse, weight = zip(*(COMPARISONS + FAULTS if faults else COMPARISONS), strict=True)
+        losses = -nn.functional.logsigmoid(scores[:, better] - scores[:, worse]).mean(0)  # (comparisons,)
+        loss = (losses * torch.tensor(weight)).mean()
+        step(model, optims, loss, learning_rate_share(index, steps))
+    normalise(model.eval(), policy, tokenizer, [pair.prompt for pair in pairs.heldout], config.temperature)
     return model
 
 
@@ -167,19 +201,18 @@ def normalise(
     policy: GPTNeoXForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
+    temperature: float,
 ) -> None:
     """Scale and shift the score so that the policy's own samples have mean 0 and standard deviation 1.
 
     The score head has no bias, so the shift goes into the bias of the layer norm before it: score = wᵀ(n + b) moves
     by c when b moves by c·w/|w|². Both survive save_pretrained, whoever loads the model.
     """
-    responses = [response for _ in range(4) for response in sample(policy, tokenizer, prompts)]
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    rows = [
-        encode(tokenizer, prompt, text, tokenizer.eos_token_id in response)
-        for prompt, text, response in zip(prompts * 4, texts, responses, strict=True)
-    ]
+    prompts = prompts * 3
+    texts, ended = draw(policy, tokenizer, prompts, temperature)
+    rows = [encode(tokenizer, *row) for row in zip(prompts, texts, ended, strict=True)]
     scores = torch.cat([score(model, rows[start : start + 128]) for start in range(0, len(rows), 128)])
     weight = model.score.weight[0]  # (D,)
     weight /= scores.std()
-    model.gpt_neox.final_layer_norm.bias -= scores.mean() / scores.std() * weight / weight.square().sum()
+    shift = scores.mean() / scores.std() / weight.square().sum()
+    model.gpt_neox.final_layer_norm.bias.sub_(shift * weight)
