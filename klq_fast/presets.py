@@ -20,15 +20,19 @@ def demo() -> Config:
     """Docstring sentences for function signatures of the Python standard library, on a CPU in three minutes."""
     return Config(
         preset="demo",
-        episodes=2560,
+        episodes=5120,
         batch_size=64,
+        minibatch_size=16,
         prompt_length=64,
         response_length=32,
         temperature=1.0,
-        learning_rate=1e-3,
-        eval_every=10,
-        eval_prompts=128,
-        checkpoint_every=10,
+        learning_rate=2e-4,
+        # With the paper's weight 1 most of the gradient on the shared trunk is the value's, as 2τe is to 2e: from 0.05
+        # the held-out RLHF reward rose to 0.42 with it, to 0.63 with 10 (one seed each).
+        policy_weight=10.0,
+        eval_every=20,
+        eval_prompts=256,
+        checkpoint_every=20,
         microbatch_tokens=8192,
         threads=1,  # as fast as two at this size, and a second busy process then takes no time from it
     )
@@ -103,7 +107,7 @@ def with_demo_models(config: Config) -> Config:
         config,
         policy=config.policy or str(paths.policy),
         reward_model=config.reward_model or (None if config.reward else str(paths.reward_model)),
-        dataset=config.dataset or str(paths.prompts),
+        dataset=config.dataset or str(paths.prompts.parent),
     )
 
 

@@ -91,7 +91,7 @@ def learning_rate_share(index: int, steps: int, warmup: int = 40) -> float:
 
 
 def train_policy(
-    pairs: Pairs, tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", steps: int, track: Track
+    pairs: Pairs, tokenizer: PreTrainedTokenizerFast, config: "DemoConfig", steps: int, track: Track, role: str
 ) -> GPTNeoXForCausalLM:
     """Supervised fine-tuning from random weights: first on all docstring sentences, then on the pairs alone.
 
@@ -125,7 +125,7 @@ def train_policy(
     optims = optimizers(policy, config.policy_learning_rate, weight_decay=0.3)
     everything = token_batches(lengths, config.policy_rows, generator)
     task = token_batches(lengths[: len(pairs.train)], config.policy_rows, generator)
-    for index in track(range(steps), "learning to write docstrings", steps):
+    for index in track(range(steps), f"the {role} learns to write docstrings", steps):
         batch = next(everything if index < config.general_share * steps else task)
         rows = [prompts[row] + responses[row] for row in batch]
         tokens = right_padded(rows, tokenizer.pad_token_id)  # (B, S)

@@ -37,13 +37,13 @@ class DemoConfig:
     layers: int = 2
     heads: int = 4
     policy_steps: int = 350
-    reader_steps: int = 600  # of the language model that becomes the reward model: it must know more than the policy
+    reader_steps: int = 550  # of the language model that becomes the reward model: it must know more than the policy
     policy_rows: int = 24  # pairs per optimizer step
     policy_learning_rate: float = 6e-3
     general_share: float = 0.65  # of the steps, on all docstring sentences; the rest on the pairs alone
     prompt_weight: float = 0.3  # of the signature's tokens in the loss
     reward_steps: int = 420
-    relevance_share: float = 0.25  # of those steps, before the spoilt responses come in
+    relevance_share: float = 0.4  # of those steps, before the spoilt responses come in
     reward_rows: int = 8  # prompts per optimizer step, each with one human sentence and several worse ones
     reward_learning_rate: float = 5e-4
     temperature: float = 1.0  # at which the policy's samples score 0 ± 1: the one to train with
@@ -145,7 +145,7 @@ def prepare(
         pairs = _read_pairs(data)
         with torch.random.fork_rng(devices=[]), _atomically(policy_folder) as folder:
             tokenizer = train_tokenizer(pairs.train, config.vocab_size)
-            policy = train_policy(pairs, tokenizer, config, config.policy_steps, track)
+            policy = train_policy(pairs, tokenizer, config, config.policy_steps, track, "policy")
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     if not reward_folder.exists():
@@ -153,7 +153,7 @@ def prepare(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(policy_folder)
         policy = GPTNeoXForCausalLM.from_pretrained(policy_folder)
         with torch.random.fork_rng(devices=[]), _atomically(reward_folder) as folder:
-            reader = train_policy(pairs, tokenizer, config, config.reader_steps, track)
+            reader = train_policy(pairs, tokenizer, config, config.reader_steps, track, "reader")
             reward_model = train_reward_model(pairs, policy, reader, tokenizer, config, track)
             reward_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

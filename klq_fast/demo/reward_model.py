@@ -23,10 +23,10 @@ def truncated(sentence: str, generator: random.Random) -> str:
 
 
 def stuttering(sentence: str, generator: random.Random) -> str:
-    """The sentence with a stretch of one to three words said twice or three times."""
+    """The sentence with a stretch of one to four words said twice or three times ("a string for a string")."""
     words = sentence[1:].split(" ")
     start = generator.randrange(len(words))
-    stretch = words[start : start + generator.randint(1, 3)]
+    stretch = words[start : start + generator.randint(1, 4)]
     again = [word.rstrip(".") for word in stretch] * generator.randint(1, 2)
     return " " + " ".join([*words[:start], *again, *words[start:]])
 
@@ -134,8 +134,8 @@ def spoilt(
 
 # What each step compares for one prompt: 0 the human sentence, 1 and 2 the policy's samples at a low and at a high
 # temperature, 3 and 4 human sentences about other functions, 5 to 9 `spoilt`. (better, worse, weight in the loss)
-COMPARISONS = [(0, 1, 1.0), (1, 2, 1.5), (0, 3, 0.75), (0, 4, 0.75)]
-FAULTS = [(0, 5, 0.5), (0, 6, 0.5), (0, 7, 0.5), (1, 8, 0.5), (2, 9, 0.5)]
+COMPARISONS = [(0, 1, 1.0), (1, 2, 1.5), (0, 3, 1.5), (0, 4, 1.5)]
+FAULTS = [(0, 5, 0.5), (0, 6, 1.0), (0, 7, 0.5), (1, 8, 0.5), (2, 9, 0.5)]
 COOL, HOT = 0.5, 1.2
 
 
@@ -156,7 +156,11 @@ def train_reward_model(
     config: "DemoConfig",
     track: Track,
 ) -> GPTNeoXForSequenceClassification:
-    """Bradley-Terry from the reader's trunk; the policy's own samples for held-out prompts score 0 ± 1."""
+    """Bradley-Terry from the reader's trunk; the policy's own samples for held-out prompts score 0 ± 1.
+
+    The reader is a language model like the policy, trained for longer: a judge that knows no more than the writer
+    hardly tells the writer's samples from human sentences.
+    """
     torch.manual_seed(config.seed + 1)
     generator = random.Random(config.seed + 1)
     train = pairs.train
@@ -172,7 +176,7 @@ def train_reward_model(
     model.gpt_neox.load_state_dict(reader.gpt_neox.state_dict())
     steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate, weight_decay=0.0)
     rows: list[int] = []
-    for index in track(range(steps), "training the reward model on preferences", steps):
+    for index in track(range(steps), "the reward model learns preferences, from the reader", steps):
         if len(rows) < config.reward_rows:
             rows += generator.sample(range(len(train)), len(train))
         batch, rows = rows[: config.reward_rows], rows[config.reward_rows :]
