@@ -107,7 +107,7 @@ def with_demo_models(config: Config) -> Config:
         config,
         policy=config.policy or str(paths.policy),
         reward_model=config.reward_model or (None if config.reward else str(paths.reward_model)),
-        dataset=config.dataset or str(paths.prompts.parent),
+        dataset=config.dataset or str(paths.dataset),
     )
 
 

@@ -247,7 +247,7 @@ def describe(config: Config) -> None:
             f"{config.prompt_length} tokens"
         )
     else:
-        print("# the demo makes the policy, reward model and prompts that are not named, in about 80 s of one CPU core")
+        print("# the demo makes the policy, reward model and prompts that are not named, in about 90 s of one CPU core")
 
 
 if __name__ == "__main__":

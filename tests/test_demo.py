@@ -10,11 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from klq_fast.config import Config
+from klq_fast.data import load_prompts
 from klq_fast.demo import prepare as module
 from klq_fast.demo.pairs import Pairs, collect, sentences
 from klq_fast.demo.policy import sample
 from klq_fast.demo.prepare import DemoConfig, DemoPaths, prepare
 from klq_fast.demo.reward_model import encode, garbled, run_on, salad, score, shuffled, stuttering, truncated
+from klq_fast.models import load_tokenizer
+from klq_fast.presets import with_demo_models
 
 TINY = DemoConfig(
     pairs=60,
@@ -101,7 +105,7 @@ def test_the_folders_load_and_the_prompts_are_a_dataset(paths: DemoPaths) -> Non
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert policy.config.vocab_size == len(tokenizer) and reward_model.config.num_labels == 1
     assert reward_model.config.pad_token_id == tokenizer.pad_token_id
-    for file in (paths.prompts, paths.heldout):
+    for file in (paths.dataset / "train.jsonl", paths.dataset / "test.jsonl"):
         prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
         assert len(set(prompts)) == len(prompts) > 10
         assert tokenizer.batch_decode(tokenizer(prompts)["input_ids"]) == prompts
@@ -115,7 +119,7 @@ def test_the_policys_samples_score_zero_with_unit_spread_after_reloading(paths: 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(paths.policy)
     policy = AutoModelForCausalLM.from_pretrained(paths.policy).eval()
     reward_model = AutoModelForSequenceClassification.from_pretrained(paths.reward_model).eval()
-    prompts = 8 * [json.loads(line)["prompt"] for line in paths.heldout.read_text().splitlines()]
+    prompts = 8 * [json.loads(line)["prompt"] for line in (paths.dataset / "test.jsonl").read_text().splitlines()]
     responses = sample(policy, tokenizer, prompts, TINY.temperature)
     ended = [tokenizer.eos_token_id in response for response in responses]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -173,3 +177,14 @@ def test_an_interruption_leaves_nothing_that_is_taken_for_complete(
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is untouched
     for mine, theirs in zip(dataclasses.astuple(again)[:2], dataclasses.astuple(paths)[:2], strict=True):
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()  # same bits
+
+
+def test_the_demo_is_evaluated_on_prompts_that_nothing_was_trained_on(
+    paths: DemoPaths, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "prepare", lambda: paths)
+    config = with_demo_models(Config(preset="demo", policy=str(paths.policy)))
+    assert config.dataset and config.reward_model == str(paths.reward_model)
+    prompts = load_prompts(config.dataset, load_tokenizer("policy", str(paths.policy)), 64, 1000)
+    assert {prompt.text for prompt in prompts.heldout} <= {pair.prompt for pair in pairs.heldout}
+    assert not {prompt.text for prompt in prompts.heldout} & {prompt.text for prompt in prompts.train}

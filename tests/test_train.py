@@ -1,7 +1,6 @@
 """Whole runs of `python -m klq_fast.train` on tiny models: what they leave, that they learn, stop and go on exactly."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,17 @@ REWARDS = '''
 def letter_a(prompts, responses):
     """Learnable: the share of the response that is the letter a."""
     return [10 * response.count("a") / (len(response) + 1) for response in responses]
+
+
+calls = []
+
+
+def fails_once(prompts, responses):
+    """letter_a, but the fifth call (the evaluation after batch 3) raises."""
+    calls.append(len(prompts))
+    if len(calls) == 5:
+        raise ConnectionError("the judge is away")
+    return letter_a(prompts, responses)
 
 
 def nan_later(prompts, responses):
@@ -72,28 +82,12 @@ def figures(run: Path, name: str) -> list[dict[str, Any]]:
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 12 batches."""
     run = tmp_path_factory.mktemp("run") / "finished"
-    with start_environment(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
         process = start(arguments(folder, run, "--episodes", "192"))
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return run
-
-
-class start_environment:
-    """PYTHONPATH for a fixture that outlives one test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(self.folder)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = self.before
 
 
 def test_a_run_leaves_its_folder(finished: Path) -> None:
@@ -184,6 +178,27 @@ def test_kill_and_resume_repeats_the_run(folder: Path, tmp_path: Path, finished:
     assert figures(run, "metrics") == figures(finished, "metrics")
     assert figures(run, "eval") == figures(finished, "eval")
     assert tiny.read_jsonl(run / "samples.jsonl") == tiny.read_jsonl(finished / "samples.jsonl")
+
+
+def test_a_reward_that_fails_later_loses_nothing(
+    folder: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(folder, tmp_path / "run", "--episodes", "192", "--reward", "tiny_rewards:fails_once")
+    error = refused(args, capsys)
+    assert "the judge is away" in error and "prompt" in error
+    assert (tmp_path / "run" / "checkpoints" / "batch-000003").is_dir()
+    main([*args, "--resume"])
+    assert figures(tmp_path / "run", "metrics") == figures(finished, "metrics")
+    assert figures(tmp_path / "run", "eval") == figures(finished, "eval")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    error = refused(arguments(folder, run, "--episodes", "96", "--learning-rate", "1e30"), capsys)
+    assert "batch 1" in error and "finite" in error and "--learning-rate" in error
+    assert not (run / "policy").exists() and not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes chosen so that the whole preparation takes about 80 s of one CPU core."""
+    """Sizes chosen so that the whole preparation takes about 90 s of one CPU core."""
 
     seed: int = 0
     pairs: int | None = None  # use only the first so many training and held-out pairs
@@ -56,8 +56,7 @@ class DemoPaths:
 
     policy: Path
     reward_model: Path
-    prompts: Path  # .jsonl of {"prompt": …}; its folder, with test.jsonl, is a dataset with a held-out split
-    heldout: Path
+    dataset: Path  # a folder with train.jsonl and test.jsonl, lines of {"prompt": …}
 
 
 @contextmanager
@@ -158,4 +157,4 @@ def prepare(
             reward_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         progress(f"demo: ready in {root}")
-    return DemoPaths(policy_folder, reward_folder, data / "train.jsonl", data / "test.jsonl")
+    return DemoPaths(policy_folder, reward_folder, data)
