@@ -39,6 +39,14 @@ def check_number(name: str, value: float, *, low: float, high: float = float("in
         raise ValueError(f"{name}: got {value!r}, expected a number in {left}{low:g}, {high:g}{right}")
 
 
+def check_count(name: str, value: float | Tensor | None) -> None:
+    """A number of tokens to divide by: a number above 0, or a 0-d tensor, whose value is not looked at."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, shape=(), dtypes=(torch.int64, torch.int32, torch.float32, torch.float64))
+    elif value is not None:
+        check_number(name, value, low=0.0, open_low=True)
+
+
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Token ids must lie in [0, vocab_size). On CUDA the check runs on the device and costs no synchronisation."""
     if tokens.is_cuda:

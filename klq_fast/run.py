@@ -34,18 +34,20 @@ def open_run(config: Config) -> Path:
 
 def write_samples(path: Path, samples: Sequence[Record], first: bool) -> None:
     """The responses before training (the first evaluation's) and after it (the newest evaluation's), side by side."""
-    before = samples if first else read_lines(path)
-    records = []
-    for old, new in zip(before, samples, strict=True):
-        records.append(
-            {
-                "prompt": new["prompt"],
-                "response_before": old["response" if first else "response_before"],
-                "response_after": new["response"],
-                "score_before": old["score" if first else "score_before"],
-                "score_after": new["score"],
-            }
-        )
+    if first:
+        before = [{"response_before": sample["response"], "score_before": sample["score"]} for sample in samples]
+    else:
+        before = read_lines(path)
+    records = [
+        {
+            "prompt": new["prompt"],
+            "response_before": old["response_before"],
+            "response_after": new["response"],
+            "score_before": old["score_before"],
+            "score_after": new["score"],
+        }
+        for old, new in zip(before, samples, strict=True)
+    ]
     write_lines(path, records)
 
 

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from watch import watch
 
-from klq_fast import linear_log_ratio, linear_logprobs, log_ratio, logprobs
+from klq_fast import linear_log_ratio, linear_logprobs, logprobs
 from klq_fast.kernels.linear_logprob import op, reference
 
 IMPLS = ("torch", "reference")
@@ -202,10 +202,10 @@ def test_log_ratio(impl) -> None:
         temperature=0.7,
         impl=impl,
     )
-    expected = log_ratio(
-        reference.head_logits(head["hidden"], head["weight"], head["bias"], None),
-        reference.head_logits(ref["hidden"], ref["weight"], ref["bias"], None),
-        head["tokens"],
+    expected = reference.linear_log_ratio(
+        *(head["hidden"], head["weight"], ref["hidden"], ref["weight"], head["tokens"]),
+        bias=head["bias"],
+        ref_bias=ref["bias"],
         temperature=0.7,
     )
     torch.testing.assert_close(out, expected)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..checks import (
     Impl,
+    check_count,
     check_number,
     check_tensor,
     check_tokens,
@@ -266,12 +267,7 @@ def _check_numbers(tau: float, policy_weight: float, value_weight: float, num_to
     check_number("tau", tau, low=0.0, open_low=True)
     check_number("policy_weight", policy_weight, low=0.0)
     check_number("value_weight", value_weight, low=0.0)
-    if isinstance(num_tokens, Tensor):
-        check_tensor(
-            "num_tokens", num_tokens, shape=(), dtypes=(torch.int64, torch.int32, torch.float32, torch.float64)
-        )
-    elif num_tokens is not None:
-        check_number("num_tokens", num_tokens, low=0.0, open_low=True)
+    check_count("num_tokens", num_tokens)
 
 
 # The mathematics of the loss, once for both operations.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Impl, check_number, check_tensor, compute_dtype, resolve_impl
+from ..checks import Impl, check_count, check_number, check_tensor, compute_dtype, resolve_impl
 
 MAX_LOG_RATIO = 80.0  # e^89 overflows float32, and the clipped branch would then have the gradient 0 · inf
 
@@ -69,11 +69,7 @@ def ppo_loss(
     check_number("clip", clip, low=0.0, open_low=True)
     check_number("value_clip", value_clip, low=0.0, open_low=True)
     check_number("value_coef", value_coef, low=0.0)
-    if isinstance(num_tokens, Tensor):
-        counts = (torch.int64, torch.int32, torch.float32, torch.float64)
-        check_tensor("num_tokens", num_tokens, shape=(), dtypes=counts)
-    elif num_tokens is not None:
-        check_number("num_tokens", num_tokens, low=0.0, open_low=True)
+    check_count("num_tokens", num_tokens)
     resolve_impl(impl, device)
 
     dtype = compute_dtype(logprobs, *others.values())
