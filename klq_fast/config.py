@@ -19,8 +19,8 @@ Preset = Literal["demo", "imdb", "tldr", "hh", "custom"]
 
 @dataclass(frozen=True)
 class Config:
-    """KL-regularised Q-learning for language models. The defaults are the paper's (arXiv 2508.17000, Table 2) where it
-    states them, and its family's public ones (TL;DR PPO) where it does not."""
+    """KL-regularised Q-learning for language models. The defaults of `custom` are the paper's (arXiv 2508.17000, Table
+    2) where it states them, and its family's public ones (TL;DR PPO) where it does not."""
 
     preset: Annotated[Preset, tyro.conf.Positional] = "custom"
     """Where the defaults come from; without one, the demo. custom: the paper's settings, and no models or prompts."""

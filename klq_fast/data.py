@@ -64,7 +64,7 @@ def load_prompts(dataset: str, tokenizer: PreTrainedTokenizerBase, prompt_length
     if not train or not heldout:
         raise InputError(
             f"--dataset {dataset}: got {len(train)} prompts to train on and {len(heldout)} to hold out, expected "
-            "least 2 different prompts, or some in each split"
+            "at least 2 different prompts, or some in each split"
         )
     return Prompts(train, heldout, truncated)
 
@@ -143,7 +143,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
         if not isinstance(record["prompt"], str):
             raise InputError(f"{where}: prompt: got {type(record['prompt']).__name__}, expected text")
         if not record["prompt"].strip():
-            raise InputError(f"{where}: prompt: got an empty text")
+            raise InputError(f"{where}: prompt: got an empty text, expected some words")
         texts = [record["prompt"]]
     else:
         messages = record["messages"]

@@ -51,10 +51,9 @@ def keep_lines(path: Path, keep: Callable[[Record], bool]) -> None:
 class Reporter:
     """A progress bar on a terminal; elsewhere a plain line for each batch."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.total = total
-        self.started, self.first = time.monotonic(), done
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,7 +63,7 @@ class Reporter:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=total, completed=done)
+        self.task = self.progress.add_task("", total=total)
 
     def __enter__(self) -> "Reporter":
         self.progress.start()
@@ -72,6 +71,11 @@ class Reporter:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
+
+    def start_at(self, done: int) -> None:
+        """From now on time is counted, for the batches after the first `done`."""
+        self.started, self.first = time.monotonic(), done
+        self.progress.reset(self.task, completed=done)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -99,7 +103,7 @@ class Reporter:
     def samples(self, samples: Sequence[Record], count: int = 8) -> None:
         """A table of held-out prompts with the response before and after."""
         table = Table("prompt", "before", "score", "after", "score", show_lines=True, title="Held-out samples")
-        for sample in samples[:count]:
+        for sample in samples[:: -(-len(samples) // count)]:
             before, after = f"{sample['score_before']:+.2f}", f"{sample['score_after']:+.2f}"
             texts = (sample["prompt"][-300:], sample["response_before"].strip(), sample["response_after"].strip())
             prompt, first, last = (Text(text) for text in texts)  # Text: brackets in it are no markup

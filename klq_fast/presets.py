@@ -87,10 +87,14 @@ def parse_command_line(args: Sequence[str]) -> Config:
         saved = Config.from_yaml(settings.read_text(encoding="utf-8"))
         config = _parse(preset or saved.preset, layers, saved)
         for field in dataclasses.fields(Config):
-            given, before = getattr(config, field.name), getattr(saved, field.name)
+            given, before, option = (
+                getattr(config, field.name),
+                getattr(saved, field.name),
+                field.name.replace("_", "-"),
+            )
             if given != before and field.name not in INVOCATION:
                 raise InputError(
-                    f"{field.name}: got {given}, but the run in {output_dir} has {before}: a resumed run keeps its "
+                    f"--{option}: got {given}, but the run in {output_dir} has {before}: a resumed run keeps its "
                     "settings; leave the option out, or start another run in another --output-dir"
                 )
     return dataclasses.replace(config, output_dir=output_dir)

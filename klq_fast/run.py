@@ -3,10 +3,12 @@
 import shlex
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import rename_folder
@@ -28,8 +30,22 @@ def open_run(config: Config) -> Path:
     if config.resume and not holds_run:
         print(f"no run to go on with in {run}: starting one")
     if holds_run and not config.resume:
-        raise InputError(f"--output-dir {run}: it holds another run; --resume goes on with it")
+        raise InputError(f"--output-dir {run}: it holds another run; go on with it by --resume, or name another folder")
     return run
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One process at a time writes a run's folder; the operating system frees the lock of a process that dies."""
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"--output-dir {run}: another process is running in it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_samples(path: Path, samples: Sequence[Record], first: bool) -> None:

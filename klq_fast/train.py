@@ -24,7 +24,7 @@ from .ppo import PPO
 from .presets import parse_command_line, with_demo_models
 from .reward import load_reward, reward_from_function
 from .rollout import TRAIN_STREAM, Generator, with_logprobs
-from .run import StopRequest, export, open_run, resume_command, write_samples
+from .run import StopRequest, export, locked, open_run, resume_command, write_samples
 
 
 class Algorithm(Protocol):
@@ -61,9 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: Config) -> None:
     check_names(config)
+    run = open_run(config)
     if config.dry_run:
         return describe(config)
-    run = open_run(config)
     state = distributed.start(config.threads)
     config = with_demo_models(config)
     assert config.policy and config.dataset
@@ -79,29 +79,30 @@ def train(config: Config) -> None:
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
 
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "config.yaml", config.to_yaml())
-    done = restore_checkpoint(run / "checkpoints", policy, optimizer)
-    keep_lines(run / "metrics.jsonl", lambda record: record["batch"] <= done)
-    keep_lines(run / "eval.jsonl", lambda record: record["batch"] <= done)
+    with locked(run), Reporter(config.num_batches) as reporter, StopRequest(reporter.say) as stop:
+        write_text(run / "config.yaml", config.to_yaml())
+        done = restore_checkpoint(run / "checkpoints", policy, optimizer)
+        keep_lines(run / "metrics.jsonl", lambda record: record["batch"] <= done)
+        keep_lines(run / "eval.jsonl", lambda record: record["batch"] <= done)
 
-    def evaluate_if_due(batches: int) -> None:
-        due = batches % config.eval_every == 0 or batches == config.num_batches
-        if not due or any(record["batch"] == batches for record in read_lines(run / "eval.jsonl")):
-            return
-        record, samples = evaluate(
-            generator,
-            reference,
-            prompts.heldout,
-            batch_size=config.batch_size,
-            tau=config.tau,
-            max_tokens=config.microbatch_tokens,
-        )
-        record = {"batch": batches, "episodes": batches * config.batch_size, **record}
-        write_samples(run / "samples.jsonl", samples, first=batches == 0)
-        append_line(run / "eval.jsonl", record)
-        reporter.evaluation(record)
+        def evaluate_if_due(batches: int) -> None:
+            due = batches % config.eval_every == 0 or batches == config.num_batches
+            if not due or any(record["batch"] == batches for record in read_lines(run / "eval.jsonl")):
+                return
+            record, samples = evaluate(
+                generator,
+                reference,
+                prompts.heldout,
+                batch_size=config.batch_size,
+                tau=config.tau,
+                max_tokens=config.microbatch_tokens,
+            )
+            record = {"batch": batches, "episodes": batches * config.batch_size, **record}
+            write_samples(run / "samples.jsonl", samples, first=batches == 0)
+            append_line(run / "eval.jsonl", record)
+            reporter.evaluation(record)
 
-    with Reporter(config.num_batches, done) as reporter, StopRequest(reporter.say) as stop:
+        reporter.start_at(done)
         reporter.say(
             f"{config.algorithm.upper()} on {state.device}: {len(prompts.train)} prompts, {len(prompts.heldout)} held "
             f"out, {prompts.truncated} cut to {config.prompt_length} tokens; {config.num_batches} batches of "
@@ -142,8 +143,8 @@ def train(config: Config) -> None:
 
         plots.draw(run)
         export(run, policy, tokenizer)
-    reporter.samples(read_lines(run / "samples.jsonl"))
-    reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
+        reporter.samples(read_lines(run / "samples.jsonl"))
+        reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
 
 
 def update(

@@ -271,7 +271,7 @@ def test_resume_keeps_the_run_s_settings() -> None:
         (["--tau", "0.25"], "tau: got 0.25, but the run in out has 0.5"),
         (["demo"], "preset: got demo, but the run in out has tldr"),
         (["--config", "settings.yaml"], "seed: got 1, but the run in out has 9"),
-        (["--reward", "m:f"], "reward_model: got None, but the run in out has "),
+        (["--reward", "m:f"], "reward-model: got None, but the run in out has "),
         (["--no-whiten"], "whiten: got False"),
     ],
 )

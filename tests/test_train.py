@@ -271,3 +271,14 @@ def test_metrics_are_json(finished: Path) -> None:
     for name in ("metrics", "eval", "samples"):
         for line in (finished / f"{name}.jsonl").read_text().splitlines():
             json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+
+
+def test_one_process_at_a_time_writes_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    process = start(arguments(folder, run, "--episodes", "16000"))
+    wait_for(lambda: len(read_lines(run / "metrics.jsonl")) >= 2, process)
+    assert "another process" in refused(arguments(folder, run, "--episodes", "16000", "--resume"), capsys)
+    process.kill()
+    process.communicate()
+    batches = [record["batch"] for record in read_lines(run / "metrics.jsonl")]
+    assert batches == list(range(1, len(batches) + 1))
