@@ -70,10 +70,27 @@ def refuse_double_backward(name: str) -> None:
         )
 
 
-def resolve_impl(impl: Impl, device: torch.device) -> Literal["torch", "reference"]:
-    """The implementation that will run; an explicit choice that cannot run raises."""
+def resolve_impl(impl: Impl, *tensors: Tensor | None) -> Literal["triton", "torch", "reference"]:
+    """The implementation that will run on these tensors; an explicit choice that cannot run raises.
+
+    "auto" is Triton for CUDA tensors, except in float64, which the kernels do not compute in; elsewhere torch.
+    "triton" also takes CPU tensors where Triton interprets its kernels (TRITON_INTERPRET=1 before it is imported).
+    """
     if impl not in ("auto", "triton", "torch", "reference"):
         raise ValueError(f'impl: got {impl!r}, expected "auto", "triton", "torch" or "reference"')
+    on_cuda = all(tensor is None or tensor.is_cuda for tensor in tensors)
+    in_float64 = compute_dtype(*tensors) == torch.float64
+    if impl == "auto":
+        return "triton" if on_cuda and not in_float64 else "torch"
     if impl == "triton":
-        raise NotImplementedError('impl="triton" does not exist yet; use "auto" or "torch"')
-    return "reference" if impl == "reference" else "torch"
+        if in_float64:
+            raise ValueError('impl: got "triton" with float64 tensors, expected "auto", "torch" or "reference" for them')
+        if not on_cuda and not _interpreted():
+            raise ValueError('impl: got "triton" with tensors on the CPU, expected CUDA tensors')
+    return impl
+
+
+def _interpreted() -> bool:
+    from triton import knobs  # not installed everywhere, and slow to import
+
+    return knobs.runtime.interpret

@@ -583,5 +583,5 @@ def test_errors_name_the_argument(arguments: dict, change: dict, message: str, i
 
 
 def test_triton_does_not_exist_yet() -> None:
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="impl"):
         lambda_returns(**PADDED, impl="triton")

@@ -58,7 +58,7 @@ def klq_loss(
     _check_targets(logprobs, "logprobs", ref_logprobs, values, returns, mask)
     _check_numbers(tau, policy_weight, value_weight, num_tokens)
     ref_logprobs, returns = ref_logprobs.detach(), returns.detach()
-    if resolve_impl(impl, logprobs.device) == "reference":
+    if resolve_impl(impl, logprobs, ref_logprobs, values, returns) == "reference":
         loss, valid_logprobs = reference.klq_loss(
             logprobs,
             ref_logprobs,
@@ -120,7 +120,7 @@ def linear_klq_loss(
     _check_targets(tokens, "tokens", ref_logprobs, values, returns, mask)
     _check_numbers(tau, policy_weight, value_weight, num_tokens)
     ref_logprobs, returns = ref_logprobs.detach(), returns.detach()
-    if resolve_impl(impl, hidden.device) == "reference":
+    if resolve_impl(impl, hidden, weight) == "reference":
         check_tokens("tokens", tokens if mask is None else tokens[mask], weight.shape[0])
         loss, logprobs = reference.linear_klq_loss(
             hidden,

@@ -77,7 +77,7 @@ def lambda_returns(
     check_number("tau", tau, low=0.0, open_low=True)
     check_number("alpha", alpha, low=0.0, high=1.0, open_low=True)
     _check_common(values, rewards, mask, lam, gamma, bootstrap, cu_seqlens)
-    if resolve_impl(impl, values.device) == "reference":
+    if resolve_impl(impl, log_ratio, values) == "reference":
         _check_offsets(cu_seqlens, values)
         results = reference.lambda_returns(
             log_ratio,
@@ -124,7 +124,7 @@ def gae(
     """
     check_tensor("values", values)
     _check_common(values, rewards, mask, lam, gamma, bootstrap, cu_seqlens)
-    if resolve_impl(impl, values.device) == "reference":
+    if resolve_impl(impl, values) == "reference":
         _check_offsets(cu_seqlens, values)
         advantages, returns = reference.gae(
             rewards, values, mask, lam=lam, gamma=gamma, bootstrap=bootstrap, cu_seqlens=cu_seqlens

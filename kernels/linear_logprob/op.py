@@ -41,7 +41,7 @@ def linear_logprobs(
     Raises ValueError for wrong shapes, dtypes and devices, a token outside [0, V), temperature or softcap ≤ 0.
     """
     check_head(hidden, weight, tokens, bias, temperature, softcap)
-    if resolve_impl(impl, hidden.device) == "reference":
+    if resolve_impl(impl, hidden, weight) == "reference":
         check_tokens("tokens", tokens, weight.shape[0])
         return reference.linear_logprobs(hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap)
     flat_hidden = hidden.reshape(tokens.numel(), weight.shape[1])

@@ -32,7 +32,7 @@ def logprobs(
     Raises ValueError for wrong shapes, dtypes and devices, a token outside [0, V), temperature ≤ 0.
     """
     _check("logits", logits, tokens, temperature)
-    if resolve_impl(impl, logits.device) == "reference":
+    if resolve_impl(impl, logits) == "reference":
         check_tokens("tokens", tokens, logits.shape[-1])
         return reference.logprobs(logits, tokens, temperature=temperature)
     return _logprobs(logits, tokens, float(temperature))

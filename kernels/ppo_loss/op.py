@@ -70,7 +70,9 @@ def ppo_loss(
     check_number("value_clip", value_clip, low=0.0, open_low=True)
     check_number("value_coef", value_coef, low=0.0)
     check_count("num_tokens", num_tokens)
-    resolve_impl(impl, device)
+    resolve_impl(impl, logprobs)
+    if impl == "triton":
+        raise ValueError('impl: got "triton", expected "auto", "torch" or "reference": an elementwise loss needs no kernel')
 
     dtype = compute_dtype(logprobs, *others.values())
 
