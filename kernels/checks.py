@@ -84,8 +84,11 @@ def resolve_impl(impl: Impl, *tensors: Tensor | None) -> Literal["triton", "torc
         return "triton" if on_cuda and not in_float64 else "torch"
     if impl == "triton":
         if in_float64:
-            raise ValueError('impl: got "triton" with float64 tensors, expected "auto", "torch" or "reference" for them')
-        if not on_cuda and not _interpreted():
+            raise ValueError(
+                'impl: got "triton" with float64 tensors, expected "auto", "torch" or "reference" for them'
+            )
+        # torch.compile cannot trace Triton's knobs; there the launch itself raises where nothing interprets it.
+        if not on_cuda and not torch.compiler.is_compiling() and not _interpreted():
             raise ValueError('impl: got "triton" with tensors on the CPU, expected CUDA tensors')
     return impl
 

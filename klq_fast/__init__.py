@@ -17,7 +17,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     kernels = sys.modules["klq_fast.kernels"] = module_from_spec(_spec)
 
 from .kernels.klq_loss.op import KLQLoss, KLQLossOutput, LinearKLQLoss, klq_loss, linear_klq_loss
-from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns
+from .kernels.lambda_returns.op import LambdaReturns, gae, lambda_returns, lambda_returns_with_metrics
 from .kernels.linear_logprob.op import linear_log_ratio, linear_logprobs
 from .kernels.log_ratio.op import log_ratio, logprobs
 from .kernels.ppo_loss.op import PPOLossOutput, ppo_loss
@@ -31,6 +31,7 @@ __all__ = [
     "gae",
     "klq_loss",
     "lambda_returns",
+    "lambda_returns_with_metrics",
     "linear_klq_loss",
     "linear_log_ratio",
     "linear_logprobs",

@@ -14,7 +14,7 @@ class InputError(ValueError):
     """Something the user gave cannot work: the command line shows its message instead of a traceback."""
 
 
-Preset = Literal["demo", "imdb", "tldr", "hh", "custom"]
+Preset = Literal["demo", "arithmetic", "imdb", "tldr", "hh", "custom"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Config:
     gamma: float = 1.0
     """γ: discount."""
     alpha: float = 1.0
-    """α: conservativeness of the λ-returns, Eq. 7 (KLQ)."""
+    """α: conservativeness of the λ-returns, Eq. 7 (KLQ), and through it β of the reverse penalty, Eq. 18 (PPO)."""
     policy_weight: float = 1.0
     """Multiplies the loss's gradient to the log-probabilities (KLQ)."""
     value_weight: float = 1.0
@@ -103,6 +103,11 @@ class Config:
     """ζ: weight of the value loss (PPO)."""
     whiten: bool = True
     """Advantages of a batch are shifted and scaled to mean 0 and standard deviation 1 (PPO)."""
+    ppo_penalty: Literal["none", "forward", "reverse"] = "none"
+    """Instead of clipping the ratio, a penalty of β times the KL to the policy before the batch: forward for Eq. 5,
+    reverse for Eq. 17, which are exactly these with --no-whiten (PPO)."""
+    beta: float | None = None
+    """β of the penalty; for the reverse one by default τ(1 − α)/α, Eq. 18 (PPO)."""
 
     @property
     def num_batches(self) -> int:
@@ -128,6 +133,12 @@ class Config:
             raise InputError(
                 f"--minibatch-size: got {self.minibatch_size}, expected 1 to --batch-size {self.batch_size}"
             )
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise InputError(f"--beta: got {self.beta}, expected at least 0, and finite")
+        if self.beta is not None and self.ppo_penalty == "none":
+            raise InputError(f"--beta: got {self.beta}, expected --ppo-penalty forward or reverse beside it")
+        if self.beta is None and self.ppo_penalty == "forward":
+            raise InputError("--beta: got none, expected a number beside --ppo-penalty forward: Eq. 5 leaves it open")
         if self.reward and self.reward_model:
             raise InputError(f"--reward {self.reward}: expected no --reward-model beside it, got {self.reward_model}")
 

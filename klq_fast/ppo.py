@@ -1,7 +1,7 @@
 """PPO: the paper's Algorithm 1, the baseline. klq.py has the same outline."""
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PPO:
-    """PPO-clip on the KL-penalised reward r − τ·log(π_old/π_b), with GAE."""
+    """PPO-clip, or PPO-penalty (Eqs. 5, 17), on the KL-penalised reward r − τ·log(π_old/π_b), with GAE."""
 
     tau: float
     lam: float
     gamma: float
+    alpha: float
     clip: float
     value_clip: float
     value_coef: float
     whiten: bool
+    ppo_penalty: Literal["none", "forward", "reverse"]
+    beta: float | None
     temperature: float
 
     @classmethod
@@ -53,6 +56,7 @@ class PPO:
         softcap: float | None,
     ) -> PPOLossOutput:
         """This microbatch's share of the minibatch's loss."""
+        clip, forward, reverse = self.trust_region()
         mask = batch.mask  # padding costs nothing in the head
         logprobs = linear_logprobs(
             hidden[mask],
@@ -69,11 +73,21 @@ class PPO:
             batch.values[mask],
             batch.advantages[mask],
             batch.returns[mask],
-            clip=self.clip,
+            clip=clip,
             value_clip=self.value_clip,
             value_coef=self.value_coef,
+            forward_kl_coef=forward,
+            reverse_kl_coef=reverse,
             num_tokens=num_tokens,
         )
+
+    def trust_region(self) -> tuple[float | None, float, float]:
+        """What holds π near π_old: the ratio's clip, and the coefficients of D(π_old‖π) and D(π‖π_old)."""
+        if self.ppo_penalty == "none":
+            return self.clip, 0.0, 0.0
+        beta = self.tau * (1 - self.alpha) / self.alpha if self.beta is None else self.beta  # Eq. 18
+        # `ppo_loss` says why τ D(π‖π_b) of Eqs. 5 and 17 is τ D(π‖π_old) here.
+        return (None, beta, self.tau) if self.ppo_penalty == "forward" else (None, 0.0, beta + self.tau)
 
 
 def whitened(

@@ -57,8 +57,10 @@ class Generator:
     missing_eos_penalty: float
     seed: int
 
-    def respond(self, prompts: Sequence[Prompt], episodes: Sequence[int], stream: int) -> Rollout:
-        """Samples a response to each prompt; `episodes` decide the random numbers."""
+    def respond(
+        self, prompts: Sequence[Prompt], episodes: Sequence[int], stream: int, *, greedy: bool = False
+    ) -> Rollout:
+        """Samples a response to each prompt; `episodes` decide the random numbers. greedy: the likeliest tokens."""
         device = self.policy.value_head.weight.device
         stops, pad = stop_tokens(self.policy, self.tokenizer), pad_token(self.tokenizer)
         lengths = torch.tensor([len(p.tokens) for p in prompts])
@@ -73,11 +75,11 @@ class Generator:
             sequences = self.policy.model.generate(  # type: ignore[operator]
                 input_ids=prompt_tokens,
                 attention_mask=attention_mask,
-                # Greedy over what the sampler leaves, which is one token.
+                # Greedy over what the sampler leaves, which is one token; or over all.
                 generation_config=GenerationConfig(
                     max_new_tokens=self.response_length, do_sample=False, eos_token_id=stops, pad_token_id=pad
                 ),
-                logits_processor=LogitsProcessorList([sampler]),
+                logits_processor=LogitsProcessorList([] if greedy else [sampler]),
             )
         response_tokens = sequences[:, width:]
         is_stop = torch.isin(response_tokens, torch.tensor(stops, device=device))

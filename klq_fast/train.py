@@ -15,13 +15,13 @@ from . import distributed, plots
 from .batch import Rollout
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .config import Config, InputError
-from .data import Prompts, check_dataset, load_prompts
-from .evaluate import evaluate
+from .data import check_dataset, load_prompts
+from .evaluate import check_lengths, evaluate
 from .klq import KLQ
 from .metrics import Record, Reporter, append_line, keep_lines, read_lines, write_text
-from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer, max_positions
+from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer
 from .ppo import PPO
-from .presets import parse_command_line, with_demo_models
+from .presets import EMBEDDED, exact_evaluation, parse_command_line, with_demo_models
 from .reward import load_reward, reward_from_function
 from .rollout import TRAIN_STREAM, Generator, with_logprobs
 from .run import StopRequest, export, locked, open_run, resume_command, write_samples
@@ -73,10 +73,11 @@ def train(config: Config) -> None:
     reward = load_reward(config.reward, config.reward_model, state.device, config.microbatch_tokens)
     policy = load_policy(config.policy, config.temperature, config.seed, state.device)
     reference = load_reference(config.policy, config.temperature, state.device)
-    check_lengths(prompts, policy, config.response_length)
+    check_lengths([*prompts.train, *prompts.heldout], policy, config.response_length)
     generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
     algorithm = ALGORITHMS[config.algorithm](config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
+    exact = exact_evaluation(config, generator, reference, prompts.heldout)
 
     run.mkdir(parents=True, exist_ok=True)
     with locked(run), Reporter(config.num_batches) as reporter, StopRequest(reporter.say) as stop:
@@ -97,7 +98,7 @@ def train(config: Config) -> None:
                 tau=config.tau,
                 max_tokens=config.microbatch_tokens,
             )
-            record = {"batch": batches, "episodes": batches * config.batch_size, **record}
+            record = {"batch": batches, "episodes": batches * config.batch_size, **record, **exact()}
             write_samples(run / "samples.jsonl", samples, first=batches == 0)
             append_line(run / "eval.jsonl", record)
             reporter.evaluation(record)
@@ -208,19 +209,9 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
     }
 
 
-def check_lengths(prompts: Prompts, policy: Policy, response_length: int) -> None:
-    longest = max(len(prompt.tokens) for prompt in [*prompts.train, *prompts.heldout])
-    positions = max_positions(policy.model)
-    if positions is not None and longest + response_length > positions:
-        raise InputError(
-            f"--policy: it has {positions} positions, fewer than the longest prompt's {longest} tokens + "
-            f"--response-length {response_length}; lower --prompt-length or --response-length"
-        )
-
-
 def check_names(config: Config) -> None:
-    """What can be known before any work: is everything named, and is it there? The demo makes what is not named."""
-    if config.preset != "demo":
+    """What can be known before any work: is everything named, and there? Embedded tasks make what is not named."""
+    if config.preset not in EMBEDDED:
         for name in ("policy", "dataset"):
             if getattr(config, name) is None:
                 raise InputError(f"--{name}: got none, and the preset {config.preset} does not name one")
@@ -248,7 +239,7 @@ def describe(config: Config) -> None:
             f"{config.prompt_length} tokens"
         )
     else:
-        print("# the demo makes the policy, reward model and prompts that are not named, in about 90 s of one CPU core")
+        print("# the policy, reward model and prompts that are not named are made first, in about 90 s of one CPU core")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from klq_fast.config import INVOCATION, Config, InputError
+from klq_fast.ppo import PPO
 from klq_fast.presets import PRESETS, parse_command_line
 from klq_fast.train import main
 
@@ -114,7 +115,23 @@ def test_two_rewards_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "--reward m:f" in message and "--reward-model" in message and "folder" in message
 
 
+def test_the_penalty_s_beta() -> None:
+    """Eq. 18 is the reverse penalty's default, and a number given wins over it."""
+    config = parse(*"--algorithm ppo --ppo-penalty reverse --alpha 0.2 --tau 0.5".split())
+    assert PPO.from_config(config).trust_region() == (None, 0.0, pytest.approx(0.5 * 0.8 / 0.2 + 0.5))
+    config = parse(*"--algorithm ppo --ppo-penalty reverse --alpha 0.2 --tau 0.5 --beta 0".split())
+    assert PPO.from_config(config).trust_region() == (None, 0.0, 0.5)
+    config = parse(*"--algorithm ppo --ppo-penalty forward --beta 3 --tau 0.5".split())
+    assert PPO.from_config(config).trust_region() == (None, 3.0, 0.5)
+    assert PPO.from_config(parse("--clip", "0.1")).trust_region() == (0.1, 0.0, 0.0)
+
+
 # What is refused.
+
+
+def test_a_penalty_and_its_beta_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--beta: got 0.1, expected --ppo-penalty" in error_of(capsys, "--beta", "0.1")
+    assert "--beta: got none, expected a number" in error_of(capsys, "--ppo-penalty", "forward")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +172,8 @@ def test_two_rewards_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> 
         ("--minibatch-size", "65"),  # the demo's batch has 64
         ("--clip", "0"),
         ("--value-clip", "-1"),
+        ("--beta", "-0.5"),
+        ("--beta", "inf"),
     ],
 )
 def test_values_that_cannot_be(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:

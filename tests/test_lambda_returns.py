@@ -1,6 +1,7 @@
 """lambda_returns and gae against Algorithms 1 and 2 (arXiv 2508.17000) written in Python floats, and their laws."""
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -10,13 +11,30 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_fast import LambdaReturns, gae, lambda_returns
-from klq_fast.kernels.lambda_returns import op
+from klq_fast.kernels.lambda_returns import blocked, op
+from klq_fast.kernels.lambda_returns.op import lambda_returns_with_metrics
 
 Batch = dict[str, Any]  # arguments by name
 TAU = 0.05
-IMPLS = ("torch", "reference")
+IMPLS = ("torch", "reference", "triton")
+FAST = ("torch", "triton")
 MASKS = ("none", "full", "right-padded", "holes")
 EPS32, EPS64 = 2.0**-24, 2.0**-53  # half a unit in the last place: the error of one rounding
+
+
+@pytest.fixture(autouse=True)
+def _on_device(device: torch.device) -> Iterator[None]:
+    with device:
+        yield
+
+
+def interpreted(impl: str) -> bool:
+    """Then a row costs 60 ms for each 128 tokens."""
+    return impl == "triton" and torch.get_default_device().type == "cpu"
+
+
+def precisions(impl: str) -> list[tuple[torch.dtype, float]]:
+    return [(torch.float32, EPS32)] if impl == "triton" else [(torch.float64, EPS64), (torch.float32, EPS32)]
 
 
 def make_batch(B: int, T: int, masks: str = "none", *, per_token: bool = True, bootstrap: bool = True) -> Batch:
@@ -103,6 +121,14 @@ def assert_close(got: LambdaReturns, expected: LambdaReturns, scale: Tensor, eps
         )
 
 
+def assert_rounded_once(got: LambdaReturns, expected: LambdaReturns, scale: Tensor) -> None:
+    """The kernel computes in float64 and rounds each number to float32, once."""
+    for name, x, y in zip(LambdaReturns._fields, got, expected, strict=True):
+        assert x.dtype == torch.float32 and x.shape == y.shape
+        error, allowed = (x.double() - y).abs(), EPS32 * y.abs() + 16 * EPS64 * scale + 1e-45
+        assert (error <= allowed).all(), f"{name}: off by {(error / allowed).max():.3g} roundings"
+
+
 def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y)
@@ -116,22 +142,23 @@ def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_is_algorithm_2(masks: str, per_token: bool, bootstrap: bool, impl: Any) -> None:
-    for B, T in ((3, 7), (18, 100), (1, 1), (5, 0), (0, 5)):
-        for lam, gamma, alpha in ((0.95, 1.0, 1.0), (0.5, 0.9, 0.3), (1.0, 1.0, 1.0)):
+    few = interpreted(impl)
+    for B, T in ((2, 7), (1, 200), (5, 0), (0, 5)) if few else ((3, 7), (18, 100), (1, 1), (5, 0), (0, 5)):
+        for lam, gamma, alpha in ((0.95, 1.0, 1.0), (0.97, 0.99, 0.3), (1.0, 1.0, 1.0))[
+            1 if few else 0 : 2 if few else 3
+        ]:
             batch = make_batch(B, T, masks, per_token=per_token, bootstrap=bootstrap)
             if not per_token and batch["mask"] is not None:  # ignored where a row has no valid token
                 batch["rewards"][~batch["mask"].any(1)] = float("nan")
             numbers: Batch = {"lam": lam, "gamma": gamma, "alpha": alpha}
-            expected, scale = truth(**batch, **numbers)
-            got = lambda_returns(**batch, tau=TAU, **numbers, impl=impl)
-            assert all(x.dtype == torch.float64 for x in got)
-            assert_close(got, expected, scale, EPS64)
-
-            single = to(batch, torch.float32)
-            expected, scale = truth(**single, **numbers)
-            got = lambda_returns(**single, tau=TAU, **numbers, impl=impl)
-            assert all(x.dtype == torch.float32 for x in got)
-            assert_close(got, expected, scale, EPS32)
+            for dtype, eps in precisions(impl):
+                batch = to(batch, dtype)
+                expected, scale = truth(**batch, **numbers)
+                got = lambda_returns(**batch, tau=TAU, **numbers, impl=impl)
+                assert all(x.dtype == dtype for x in got)
+                assert_close(got, expected, scale, eps)
+                if impl == "triton":
+                    assert_rounded_once(got, expected, scale)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -139,30 +166,34 @@ def test_is_algorithm_2(masks: str, per_token: bool, bootstrap: bool, impl: Any)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_gae_is_algorithm_1(masks: str, per_token: bool, impl: Any) -> None:
     """Algorithm 1 is Algorithm 2 with τ = 0, which the truth allows: Q is then V."""
-    for B, T in ((3, 7), (18, 100), (1, 1), (5, 0), (0, 5)):
+    for B, T in ((2, 7), (5, 0), (0, 5)) if interpreted(impl) else ((3, 7), (18, 100), (1, 1), (5, 0), (0, 5)):
         batch = make_batch(B, T, masks, per_token=per_token)
-        expected, scale = truth(**batch | {"log_ratio": torch.zeros(B, T)}, tau=0.0, lam=0.9, gamma=0.99)
         del batch["log_ratio"]
-        for dtype, eps in ((torch.float64, EPS64), (torch.float32, EPS32)):
-            if dtype == torch.float32:
-                batch = to(batch, dtype)
-                expected, scale = truth(**batch, log_ratio=torch.zeros(B, T), tau=0.0, lam=0.9, gamma=0.99)
+        for dtype, eps in precisions(impl):
+            batch = to(batch, dtype)
+            expected, scale = truth(**batch, log_ratio=torch.zeros(B, T), tau=0.0, lam=0.9, gamma=0.99)
             advantages, returns = gae(**batch, lam=0.9, gamma=0.99, impl=impl)
             assert advantages.dtype == returns.dtype == dtype
             got = LambdaReturns(returns, expected.action_values, expected.td_errors, advantages)
             assert_close(got, expected, scale, eps)
 
 
-def test_lengths_around_the_blocks() -> None:
-    lengths = torch.tensor([0, 1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513])
-    batch = make_batch(len(lengths), 513)
-    batch["mask"] = torch.arange(513) < lengths[:, None]
+@pytest.mark.parametrize("impl", FAST)
+def test_lengths_around_the_blocks(impl: Any) -> None:
+    """Padded to 270 tokens a row is one block of the kernel, packed blocks of 128, 96, 96: the bits are the same."""
+    if impl == "torch":
+        lengths = torch.tensor([0, 1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025])
+    else:
+        lengths = torch.tensor([0, 1, 127, 128, 129, 224, 225])
+    width = max(270, int(lengths.max()))
+    batch = to(make_batch(len(lengths), width), torch.float32)
+    batch["mask"] = torch.arange(width) < lengths[:, None]
     for name in ("log_ratio", "values", "rewards"):
         batch[name][~batch["mask"]] = float("nan")
     expected, scale = truth(**batch)
-    padded = lambda_returns(**batch, tau=TAU)
-    assert_close(padded, expected, scale, EPS64)
-    packed = lambda_returns(**pack(batch | {"mask": None}, batch["mask"]), tau=TAU)
+    padded = lambda_returns(**batch, tau=TAU, impl=impl)
+    assert_close(padded, expected, scale, EPS32)
+    packed = lambda_returns(**pack(batch | {"mask": None}, batch["mask"]), tau=TAU, impl=impl)
     assert_equal(packed, tuple(x[batch["mask"]] for x in padded))
 
 
@@ -189,156 +220,233 @@ def test_small_penalties_beside_large_values_survive() -> None:
     assert got == pytest.approx(-10 - penalty, rel=1e-6)
 
 
-def test_low_precision_inputs_are_read_as_float32() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_low_precision_inputs_are_read_as_float32(impl: Any) -> None:
+    shape = (1, 40) if interpreted(impl) else (5, 100)
+    options: Batch = {"tau": TAU, "impl": impl}
     for dtype in (torch.bfloat16, torch.float16):
-        batch = to(make_batch(5, 100, "right-padded"), dtype)
-        got = lambda_returns(**batch, tau=TAU)
+        batch = to(make_batch(*shape, "right-padded"), dtype)
+        got = lambda_returns(**batch, **options)
         assert all(x.dtype == torch.float32 for x in got)
-        assert_equal(got, lambda_returns(**to(batch, torch.float32), tau=TAU))
-    mixed = to(make_batch(5, 100), torch.float32)
-    expected = lambda_returns(**mixed, tau=TAU)
+        assert_equal(got, lambda_returns(**to(batch, torch.float32), **options))
+    mixed = to(make_batch(*shape), torch.float32)
+    expected = lambda_returns(**mixed, **options)
     mixed |= {"rewards": mixed["rewards"].double(), "bootstrap": mixed["bootstrap"].double()}
-    assert_equal(lambda_returns(**mixed, tau=TAU), expected)  # float64 rewards do not make float64 returns
-    assert lambda_returns(**mixed | {"values": mixed["values"].double()}, tau=TAU).returns.dtype == torch.float64
+    assert_equal(lambda_returns(**mixed, **options), expected)  # float64 rewards do not make float64 returns
+    double = mixed | {"values": mixed["values"].double()}
+    assert lambda_returns(**double, tau=TAU).returns.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"impl: got .* with float64 tensors"):
+        lambda_returns(**double, tau=TAU, impl="triton")
 
 
 # Laws
 
 
-def test_lambda_0_gives_the_td_error() -> None:
-    for masks in MASKS:
-        got = lambda_returns(**to(make_batch(6, 40, masks), torch.float32), tau=TAU, lam=0.0)
-        assert torch.equal(got.advantages, got.td_errors)
+def law_batch(impl: str, masks: str = "none") -> tuple[Batch, Batch]:
+    """Arguments, float64 where the implementation takes it, and tolerances: both for sums of 40 numbers of size 1."""
+    batch = make_batch(2 if interpreted(impl) else 6, 40, masks)
+    if impl == "triton":
+        return to(batch, torch.float32), {"rtol": 1e-5, "atol": 1e-5}
+    return batch, {"rtol": 1e-12, "atol": 1e-12}
 
 
-def test_lambda_1_gives_monte_carlo() -> None:
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("masks", MASKS)
+def test_lambda_0_gives_the_td_error(masks: str, impl: Any) -> None:
+    batch, _ = law_batch(impl, masks)
+    got = lambda_returns(**to(batch, torch.float32), tau=TAU, lam=0.0, impl=impl)
+    assert torch.equal(got.advantages, got.td_errors)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_lambda_1_gives_monte_carlo(impl: Any) -> None:
     """With λ = γ = 1 the values telescope: G_t = r_t + Σ_{k>t} (r_k − τℓ_k) + bootstrap, whatever V."""
-    batch = make_batch(6, 40)
-    got = lambda_returns(**batch, tau=TAU, lam=1.0)
+    batch, close = law_batch(impl)
+    got = lambda_returns(**batch, tau=TAU, lam=1.0, impl=impl)
     penalised = batch["rewards"] - TAU * batch["log_ratio"]
     to_go = penalised.flip(1).cumsum(1).flip(1) + batch["bootstrap"][:, None]
-    torch.testing.assert_close(got.returns, to_go + TAU * batch["log_ratio"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.returns, to_go + TAU * batch["log_ratio"], **close)
 
 
-def test_alpha_near_0_gives_the_action_value() -> None:
-    for masks in MASKS:
-        got = lambda_returns(**to(make_batch(6, 40, masks), torch.float32), tau=TAU, alpha=1e-30)
-        assert torch.equal(got.returns, got.action_values)
-        assert got.advantages.abs().max() > 1
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("masks", MASKS)
+def test_alpha_near_0_gives_the_action_value(masks: str, impl: Any) -> None:
+    batch, _ = law_batch(impl, masks)
+    got = lambda_returns(**to(batch, torch.float32), tau=TAU, alpha=1e-30, impl=impl)
+    assert torch.equal(got.returns, got.action_values)
+    assert got.advantages.abs().max() > 1
 
 
-def test_linear_in_rewards_values_and_log_ratio() -> None:
-    one, two = make_batch(6, 40), make_batch(6, 40)
-    numbers: Batch = {"tau": TAU, "gamma": 0.9, "alpha": 0.7}
+@pytest.mark.parametrize("impl", FAST)
+def test_linear_in_rewards_values_and_log_ratio(impl: Any) -> None:
+    (one, close), (two, _) = law_batch(impl), law_batch(impl)
+    options: Batch = {"tau": TAU, "gamma": 0.9, "alpha": 0.7, "impl": impl}
     both = {name: None if x is None else 2 * x - 3 * two[name] for name, x in one.items()}
-    got = lambda_returns(**both, **numbers)
-    for x, y, z in zip(
-        got,
-        lambda_returns(**one, **numbers),
-        lambda_returns(**two, **numbers),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, 2 * y - 3 * z, rtol=1e-12, atol=1e-12)
+    got = lambda_returns(**both, **options)
+    for x, y, z in zip(got, lambda_returns(**one, **options), lambda_returns(**two, **options), strict=True):
+        torch.testing.assert_close(x, 2 * y - 3 * z, **close)
 
 
-def test_shifted_values() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_shifted_values(impl: Any) -> None:
     """V + c everywhere (bootstrap too): δ moves by (γ − 1)c, Δ by the geometric sum of that, Q by c."""
-    T, c, lam, gamma = 40, 2.5, 0.8, 0.9
-    batch = make_batch(6, T)
-    before = lambda_returns(**batch, tau=TAU, lam=lam, gamma=gamma)
+    c, lam, gamma = 2.5, 0.8, 0.9
+    batch, close = law_batch(impl)
+    before = lambda_returns(**batch, tau=TAU, lam=lam, gamma=gamma, impl=impl)
     batch |= {"values": batch["values"] + c, "bootstrap": batch["bootstrap"] + c}
-    after = lambda_returns(**batch, tau=TAU, lam=lam, gamma=gamma)
-    left = T - torch.arange(T, dtype=torch.float64)
+    after = lambda_returns(**batch, tau=TAU, lam=lam, gamma=gamma, impl=impl)
+    left = 40 - torch.arange(40, dtype=batch["values"].dtype)
     moved = (gamma - 1) * c * (1 - (lam * gamma) ** left) / (1 - lam * gamma)
-    torch.testing.assert_close(after.td_errors, before.td_errors + (gamma - 1) * c, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(after.advantages, before.advantages + moved, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(after.action_values, before.action_values + c, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(after.td_errors, before.td_errors + (gamma - 1) * c, **close)
+    torch.testing.assert_close(after.advantages, before.advantages + moved, **close)
+    torch.testing.assert_close(after.action_values, before.action_values + c, **close)
 
 
-@pytest.mark.parametrize("cut", [1, 15, 16, 17, 39])
-def test_split_and_bootstrap_equals_whole(cut: int) -> None:
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("cut", [1, 16, 39])
+def test_split_and_bootstrap_equals_whole(cut: int, impl: Any) -> None:
     """The left part of a split row, bootstrapped with V(s_cut) + λ Δ_cut, has the λ-returns of the whole."""
-    lam, gamma = 0.8, 0.9
-    batch = make_batch(6, 40)
-    whole = lambda_returns(**batch, tau=TAU, lam=lam, gamma=gamma)
-    parts = [{name: x[:, s] for name, x in batch.items() if x is not None and x.ndim == 2} for s in
-             (slice(None, cut), slice(cut, None))]  # fmt: skip
-    right = lambda_returns(**parts[1], bootstrap=batch["bootstrap"], tau=TAU, lam=lam, gamma=gamma)
-    carried = parts[1]["values"][:, 0] + lam * right.advantages[:, 0]
-    left = lambda_returns(**parts[0], bootstrap=carried, tau=TAU, lam=lam, gamma=gamma)
+    options: Batch = {"tau": TAU, "lam": 0.8, "gamma": 0.9, "impl": impl}
+    batch, close = law_batch(impl)
+    whole = lambda_returns(**batch, **options)
+    tokens = {name: x for name, x in batch.items() if x is not None and x.ndim == 2}
+    right_part, left_part = ({name: x[:, s] for name, x in tokens.items()} for s in (slice(cut, None), slice(cut)))
+    right = lambda_returns(**right_part, bootstrap=batch["bootstrap"], **options)
+    carried = right_part["values"][:, 0] + 0.8 * right.advantages[:, 0]
+    left = lambda_returns(**left_part, bootstrap=carried, **options)
     for name in ("advantages", "returns", "action_values"):
         joined = torch.cat([getattr(left, name), getattr(right, name)], 1)
-        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(joined, getattr(whole, name), **close)
 
 
-def test_advantages_are_gae_on_penalised_rewards() -> None:
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("masks", MASKS)
+def test_advantages_are_gae_on_penalised_rewards(masks: str, impl: Any) -> None:
     """KLQ's Δ is PPO's Â on r − τℓ, with the same λ and γ."""
-    for masks in MASKS:
-        batch = make_batch(6, 40, masks)
-        klq = lambda_returns(**batch, tau=TAU, lam=0.9, gamma=0.97)
-        advantages, returns = gae(
-            batch["rewards"] - TAU * batch["log_ratio"],
-            batch["values"],
-            batch["mask"],
-            lam=0.9,
-            gamma=0.97,
-            bootstrap=batch["bootstrap"],
-        )
-        torch.testing.assert_close(advantages, klq.advantages, rtol=1e-12, atol=1e-12)
-        values = batch["values"] if batch["mask"] is None else torch.where(batch["mask"], batch["values"], 0.0)
-        torch.testing.assert_close(returns, klq.advantages + values, rtol=1e-12, atol=1e-12)
+    batch, close = law_batch(impl, masks)
+    options: Batch = {"bootstrap": batch["bootstrap"], "lam": 0.9, "gamma": 0.97, "impl": impl}
+    penalised, values, mask = batch["rewards"] - TAU * batch["log_ratio"], batch["values"], batch["mask"]
+    klq = lambda_returns(batch["log_ratio"], values, batch["rewards"], mask, tau=TAU, **options)
+    advantages, returns = gae(penalised, values, mask, **options)
+    torch.testing.assert_close(advantages, klq.advantages, **close)
+    valid_values = values if mask is None else torch.where(mask, values, 0.0)
+    torch.testing.assert_close(returns, klq.advantages + valid_values, **close)
+
+
+# Metrics
+
+
+def assert_metrics(batch: Batch, impl: Any, **numbers: float) -> None:
+    """Against the formulas, on results of the specification in float64."""
+    _, metrics = lambda_returns_with_metrics(**batch, tau=TAU, **numbers, impl=impl)
+    exact = lambda_returns(**to(batch, torch.float64), tau=TAU, **numbers, impl="reference")
+    valid = torch.ones_like(exact.returns, dtype=torch.bool) if batch["mask"] is None else batch["mask"]
+    advantages, targets = exact.advantages[valid], (exact.action_values + exact.advantages)[valid]
+    expected = {
+        "td_error": exact.td_errors[valid].mean(),
+        "kl": batch["log_ratio"][valid].double().mean(),
+        "advantage": advantages.mean(),
+        "advantage_std": advantages.std(correction=0),
+        "explained_variance": 1 - advantages.var(correction=0) / targets.var(correction=0),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, x in metrics.items():
+        assert x.shape == () and x.dtype == torch.float32
+        # float32 results, whose roundings the float64 sums inherit; 1 − 1/3 loses a bit.
+        torch.testing.assert_close(x.double(), expected[name], rtol=2e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("masks", MASKS)
+def test_metrics(masks: str, impl: Any) -> None:
+    batch = to(make_batch(*((2, 150) if interpreted(impl) else (6, 1500)), masks, per_token=False), torch.float32)
+    assert_metrics(batch, impl, lam=0.9, gamma=0.97, alpha=0.5)
+    plain = lambda_returns(**batch, tau=TAU, lam=0.9, impl=impl)
+    assert_equal(lambda_returns_with_metrics(**batch, tau=TAU, lam=0.9, impl=impl)[0], plain)
+    with pytest.raises(TypeError, match="tau"):
+        lambda_returns_with_metrics(**batch, impl=impl)
+    with pytest.raises(ValueError, match="tau: got -1"):
+        lambda_returns_with_metrics(**batch, tau=-1, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_metrics_of_packed_sequences_and_of_large_values(impl: Any) -> None:
+    """Values of 10⁴ ± 1, of which a variance by E[x²] − E[x]² in float32 would leave nothing."""
+    keep = torch.arange(40) < torch.tensor([[40], [0], [1], [25]])
+    batch = pack(to(make_batch(4, 40), torch.float32), keep)
+    assert_metrics(batch, impl)
+    batch["values"] += 1e4
+    batch["bootstrap"] += 1e4
+    _, metrics = lambda_returns_with_metrics(**batch, tau=TAU, impl=impl)
+    exact = lambda_returns(**to(batch, torch.float64), tau=TAU, impl="reference")
+    variance = exact.advantages.var(correction=0) / (exact.action_values + exact.advantages).var(correction=0)
+    # Results near 10⁴ are off by up to 5e-4 each, the variance's square root on average by much less.
+    assert metrics["explained_variance"].item() == pytest.approx(1 - variance.item(), abs=2e-3)
+    assert metrics["advantage_std"].item() == pytest.approx(exact.advantages.std(correction=0).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_metrics_of_nothing_and_of_constants(impl: Any) -> None:
+    nan = torch.full((2, 5), float("nan"))
+    _, metrics = lambda_returns_with_metrics(nan, nan, nan, torch.zeros(2, 5, dtype=torch.bool), tau=TAU, impl=impl)
+    assert all(x == 0 for x in metrics.values())
+    one = torch.ones(2, 5)
+    _, metrics = lambda_returns_with_metrics(0 * one, one, 0 * one, tau=TAU, bootstrap=one[:, 0], impl=impl)
+    assert all(x == 0 for x in metrics.values())
 
 
 # Masks, packing, independence: to the bit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_holes_equal_compact_scan_scatter(dtype: torch.dtype, per_token: bool) -> None:
-    batch = to(make_batch(30, 70, "holes", per_token=per_token), dtype)
-    batch["mask"][3] = False
-    got = lambda_returns(**batch, tau=TAU, gamma=0.99)
-    for b in range(30):
-        keep = batch["mask"][b]
-        row = {n: None if x is None else x[b : b + 1, keep] if x.ndim == 2 else x[b : b + 1] for n, x in batch.items()}
-        alone = lambda_returns(**row | {"mask": None}, tau=TAU, gamma=0.99)
-        for x, y in zip(got, alone, strict=True):
-            assert torch.equal(x[b, keep], y[0])
-            assert (x[b, ~keep] == 0).all()
+def test_holes_equal_compact_scan_scatter(per_token: bool, impl: Any) -> None:
+    B, T = (3, 140) if interpreted(impl) else (30, 140)
+    for dtype, _ in precisions(impl):
+        batch = to(make_batch(B, T, "holes", per_token=per_token), dtype)
+        batch["mask"][2] = False
+        got = lambda_returns(**batch, tau=TAU, gamma=0.99, impl=impl)
+        for b in range(B):
+            keep, row = batch["mask"][b], {n: x[b : b + 1] for n, x in batch.items()}
+            alone = {n: x[:, keep] if x.ndim == 2 else x for n, x in row.items()} | {"mask": None}
+            for x, y in zip(got, lambda_returns(**alone, tau=TAU, gamma=0.99, impl=impl), strict=True):
+                # The kernel's groups of 32 tokens are other ones without the holes: float64 then rounds to the same.
+                assert torch.equal(x[b, keep], y[0])
+                assert (x[b, ~keep] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("bootstrap", [False, True])
-def test_packed_equals_padded(dtype: torch.dtype, masks: str, per_token: bool, bootstrap: bool) -> None:
-    for B, T in ((1, 1), (3, 7), (60, 48), (20, 300)):
+def test_packed_equals_padded(masks: str, impl: Any) -> None:
+    few = interpreted(impl)
+    shapes = ((2, 140),) if few else ((1, 1), (3, 7)) if impl == "reference" else ((1, 1), (3, 7), (60, 48), (20, 300))
+    options = ((False, True), (True, False)) if few else tuple(product((False, True), repeat=2))
+    for (dtype, _), (B, T), (per_token, bootstrap) in product(precisions(impl), shapes, options):
         batch = to(make_batch(B, T, masks, per_token=per_token, bootstrap=bootstrap), dtype)
         keep = torch.arange(T) < torch.randint(0, T + 1, (B, 1))
         keep[0] = True
         packed = pack(batch, keep)
         padded = batch | {"mask": keep if batch["mask"] is None else keep & batch["mask"]}
-        expected = lambda_returns(**padded, tau=TAU, alpha=0.5)
-        assert_equal(lambda_returns(**packed, tau=TAU, alpha=0.5), tuple(x[keep] for x in expected))
-        reference = lambda_returns(**packed, tau=TAU, alpha=0.5, impl="reference")
-        torch.testing.assert_close(reference.returns, expected.returns[keep], rtol=1e-4, atol=1e-4)
-        for name in ("log_ratio", "tau"):
-            packed.pop(name, None), padded.pop(name, None)
-        assert_equal(gae(**packed), tuple(x[keep] for x in gae(**padded)))
+        expected = lambda_returns(**padded, tau=TAU, alpha=0.5, impl=impl)
+        assert_equal(lambda_returns(**packed, tau=TAU, alpha=0.5, impl=impl), tuple(x[keep] for x in expected))
+        del packed["log_ratio"], padded["log_ratio"]
+        assert_equal(gae(**packed, impl=impl), tuple(x[keep] for x in gae(**padded, impl=impl)))
 
 
-def test_a_row_is_the_same_in_any_batch() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_a_row_is_the_same_in_any_batch(impl: Any) -> None:
     """Its bits do not depend on the other rows, on its place, on the width, on the layout or on the run."""
-    for T in (16, 17, 53, 320):
-        batch = to(make_batch(300, T, "right-padded", per_token=False), torch.float32)
-        got = lambda_returns(**batch, tau=TAU)
-        assert_equal(lambda_returns(**batch, tau=TAU), got)
-        for rows in (slice(7, 8), slice(40, 43), slice(0, 12), slice(100, 299)):
+    few = interpreted(impl)
+    for T in (53,) if few else (16, 17, 53, 320, 1100):
+        batch = to(make_batch(4 if few else 300, T, "right-padded", per_token=False), torch.float32)
+        got = lambda_returns(**batch, tau=TAU, impl=impl)
+        assert_equal(lambda_returns(**batch, tau=TAU, impl=impl), got)
+        for rows in [slice(1, 2)] if few else (slice(7, 8), slice(40, 43), slice(0, 12), slice(100, 299)):
             alone = {name: x[rows] for name, x in batch.items()}
-            assert_equal(lambda_returns(**alone, tau=TAU), tuple(x[rows] for x in got))
+            assert_equal(lambda_returns(**alone, tau=TAU, impl=impl), tuple(x[rows] for x in got))
         wider = {name: torch.cat([x, x[:, :9]], 1) if x.ndim == 2 else x for name, x in batch.items()}
         wider["mask"][:, T:] = False
-        assert_equal(lambda_returns(**wider, tau=TAU), tuple(torch.cat([x, 0 * x[:, :9]], 1) for x in got))
+        assert_equal(lambda_returns(**wider, tau=TAU, impl=impl), tuple(torch.cat([x, 0 * x[:, :9]], 1) for x in got))
 
 
 def test_threads_do_not_change_the_result() -> None:
@@ -353,17 +461,19 @@ def test_threads_do_not_change_the_result() -> None:
         assert_equal(x, y)
 
 
-def test_a_broken_row_stays_alone() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_a_broken_row_stays_alone(impl: Any) -> None:
     """A NaN among one row's valid tokens reaches that row only."""
-    batch = to(make_batch(20, 64), torch.float32)
-    expected = lambda_returns(**batch, tau=TAU)
-    batch["rewards"][7, 20] = float("nan")
-    packed = pack(batch, torch.ones(20, 64, dtype=torch.bool))
-    others = torch.arange(20) != 7
-    for got in (lambda_returns(**batch, tau=TAU), lambda_returns(**packed, tau=TAU)):
+    B, broken = (3, 1) if interpreted(impl) else (20, 7)
+    batch = to(make_batch(B, 64), torch.float32)
+    expected = lambda_returns(**batch, tau=TAU, impl=impl)
+    batch["rewards"][broken, 20] = float("nan")
+    packed = pack(batch, torch.ones(B, 64, dtype=torch.bool))
+    others = torch.arange(B) != broken
+    for got in (lambda_returns(**batch, tau=TAU, impl=impl), lambda_returns(**packed, tau=TAU, impl=impl)):
         for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x.view(20, 64)[others], y[others])
-        assert got.returns.view(20, 64)[7, :20].isnan().all()
+            assert torch.equal(x.view(B, 64)[others], y[others])
+        assert got.returns.view(B, 64)[broken, :20].isnan().all()
 
 
 def test_rows_without_a_valid_token_are_zero() -> None:
@@ -404,17 +514,15 @@ def test_empty_sequences_between_others() -> None:
             assert_equal(tuple(x[start:end] for x in got), tuple(x[0] for x in one))
 
 
-def test_as_many_sequences_as_tokens() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_as_many_sequences_as_tokens(impl: Any) -> None:
     """(N,) rewards with S = N are taken as one per token; for sequences of one token both readings agree."""
     log_ratio, values, rewards = torch.randn(3, 9)
-    cu_seqlens = torch.arange(10, dtype=torch.int32)
-    got = lambda_returns(log_ratio, values, rewards, tau=TAU, cu_seqlens=cu_seqlens)
+    options: Batch = {"tau": TAU, "impl": impl}
+    got = lambda_returns(log_ratio, values, rewards, **options, cu_seqlens=torch.arange(10, dtype=torch.int32))
     torch.testing.assert_close(got.advantages, rewards - TAU * log_ratio - values, rtol=1e-6, atol=1e-6)
-    cu_seqlens = torch.tensor([0] * 9 + [9], dtype=torch.int32)
-    got = lambda_returns(log_ratio, values, rewards, tau=TAU, cu_seqlens=cu_seqlens)
-    reference = lambda_returns(log_ratio, values, rewards, tau=TAU, cu_seqlens=cu_seqlens, impl="reference")
-    torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
-    padded = lambda_returns(log_ratio[None], values[None], rewards[None], tau=TAU)
+    got = lambda_returns(log_ratio, values, rewards, **options, cu_seqlens=torch.tensor([0] * 9 + [9]).int())
+    padded = lambda_returns(log_ratio[None], values[None], rewards[None], **options)
     assert_equal(got, tuple(x[0] for x in padded))
 
 
@@ -429,38 +537,44 @@ def test_nothing_packed(impl: Any) -> None:
 # How it runs
 
 
-def test_no_gradient_and_no_change_of_the_arguments() -> None:
-    for masks in MASKS:
-        batch = to(make_batch(6, 33, masks), torch.float32)
-        before = {name: x.clone() for name, x in batch.items() if x is not None}
-        for x in batch.values():
-            if x is not None and x.is_floating_point():
-                x.requires_grad_()
-        got = lambda_returns(**batch, tau=TAU)
-        ppo = gae(**{name: x for name, x in batch.items() if name != "log_ratio"})
-        assert not any(x.requires_grad for x in (*got, *ppo))
-        for name, x in before.items():
-            assert torch.equal(torch.nan_to_num(batch[name].float()), torch.nan_to_num(x.float()))
-        for x, y in pairwise(got):  # written to separately
-            y_before = y.clone()
-            x.add_(1)
-            assert torch.equal(y, y_before)
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("masks", MASKS)
+def test_no_gradient_and_no_change_of_the_arguments(masks: str, impl: Any) -> None:
+    batch = to(make_batch(2, 33, masks), torch.float32)
+    before = {name: x.clone() for name, x in batch.items() if x is not None}
+    for x in batch.values():
+        if x is not None and x.is_floating_point():
+            x.requires_grad_()
+    got = lambda_returns(**batch, tau=TAU, impl=impl)
+    ppo = gae(**{name: x for name, x in batch.items() if name != "log_ratio"}, impl=impl)
+    assert not any(x.requires_grad for x in (*got, *ppo))
+    for name, x in before.items():
+        assert torch.equal(torch.nan_to_num(batch[name].float()), torch.nan_to_num(x.float()))
+    for x, y in pairwise(got):  # written to separately
+        y_before = y.clone()
+        x.add_(1)
+        assert torch.equal(y, y_before)
 
 
-def test_any_strides_autocast_and_inference_mode() -> None:
-    batch = to(make_batch(24, 48, "right-padded"), torch.float32)
-    expected = lambda_returns(**batch, tau=TAU)
+@pytest.mark.parametrize("impl", FAST)
+def test_any_strides_autocast_and_inference_mode(impl: Any, device: torch.device) -> None:
+    B = 2 if interpreted(impl) else 24
+    options: Batch = {"tau": TAU, "impl": impl}
+    batch = to(make_batch(B, 48, "right-padded"), torch.float32)
+    expected = lambda_returns(**batch, **options)
     strided = {n: x.repeat_interleave(2, -1)[..., ::2] if x.ndim == 1 else x.T.clone().T for n, x in batch.items()}
-    assert_equal(lambda_returns(**strided, tau=TAU), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_equal(lambda_returns(**batch, tau=TAU), expected)
-    op._powers.cache_clear()
+    assert_equal(lambda_returns(**strided, **options), expected)
+    slices = {n: x if x.ndim == 1 else torch.cat([x, x], 1)[:, :48] for n, x in batch.items()}  # rows far apart
+    assert_equal(lambda_returns(**slices, **options), expected)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert_equal(lambda_returns(**batch, **options), expected)
+    blocked._powers.cache_clear()
     with torch.inference_mode():
-        assert_equal(lambda_returns(**batch, tau=TAU), expected)
-    assert_equal(lambda_returns(**batch, tau=TAU), expected)  # with the powers cached in inference mode
-    row_mask = torch.ones(1, 48, dtype=torch.bool).expand(24, 48)
-    full = to(make_batch(24, 48), torch.float32)
-    assert_equal(lambda_returns(**full | {"mask": row_mask}, tau=TAU), lambda_returns(**full, tau=TAU))
+        assert_equal(lambda_returns(**batch, **options), expected)
+    assert_equal(lambda_returns(**batch, **options), expected)  # with the powers cached in inference mode
+    row_mask = torch.ones(1, 48, dtype=torch.bool).expand(B, 48)
+    full = to(make_batch(B, 48), torch.float32)
+    assert_equal(lambda_returns(**full | {"mask": row_mask}, **options), lambda_returns(**full, **options))
 
 
 class CountOperations(TorchDispatchMode):
@@ -480,48 +594,83 @@ def test_no_loop_over_time(masks: str) -> None:
     for T in (64, 4096):
         batch = make_batch(8, T, masks)
         with CountOperations() as operations:
-            lambda_returns(**batch, tau=TAU, lam=1.0)
+            lambda_returns(**batch, tau=TAU, lam=1.0, impl="torch")
         counts.append(operations.count)
     assert counts[1] <= counts[0] + 2 * 70
     assert counts[1] < 400
 
 
-def test_custom_operator() -> None:
-    for masks in ("none", "right-padded", "holes"):
-        batch = to(make_batch(3, 20, masks), torch.float32)
+@pytest.mark.parametrize("impl", FAST)
+def test_custom_operator(impl: str) -> None:
+    numbers = (TAU, 0.95, 1.0, 1.0)
+    for masks, metrics in (("none", False), ("holes", True)):
+        batch = to(make_batch(2, 20, masks), torch.float32)
         arguments = [batch[name] for name in ("log_ratio", "values", "rewards", "mask", "bootstrap")]
-        torch.library.opcheck(op._scan_op, (*arguments, None, TAU, 0.95, 1.0, 1.0))
+        torch.library.opcheck(op._scan_op, (*arguments, None, *numbers, metrics, impl))
     offsets = torch.tensor([0, 4, 20], dtype=torch.int32)
-    torch.library.opcheck(
-        op._scan_op, (None, torch.randn(20), torch.randn(2), None, None, offsets, 1.0, 0.95, 1.0, 1.0)
-    )
+    gae_arguments = (None, torch.randn(20), torch.randn(2), None, None, offsets)
+    torch.library.opcheck(op._scan_op, (*gae_arguments, *numbers, False, impl))
 
 
-def test_compiled_without_breaks_and_recompilation() -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_compiled_without_breaks_and_recompilation(impl: Any) -> None:
     def step(batch: Batch) -> tuple[Tensor, ...]:
         batch = batch | {"values": batch["values"] + 1}
-        returns = lambda_returns(**batch, tau=TAU)
+        returns, metrics = lambda_returns_with_metrics(**batch, tau=TAU, impl=impl)
         del batch["log_ratio"]
-        return (*returns, *gae(**batch))
+        return (*returns, *metrics.values(), *gae(**batch, impl=impl))
 
+    B, lengths = (2, (32, 40)) if interpreted(impl) else (6, (32, 40, 33, 31))
     for packed in (False, True):
         torch._dynamo.reset()
         counter = CompileCounter()  # runs the captured graph as it is
-        compiled = torch.compile(step, fullgraph=True, backend=counter)
-        for _ in range(4):
-            batch = to(make_batch(6, 32, "holes" if packed else "right-padded", per_token=False), torch.float32)
+        compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+        for T in lengths:
+            batch = to(make_batch(B, T, "holes" if packed else "right-padded", per_token=False), torch.float32)
             if packed:
                 flat = {name: x.flatten() for name, x in batch.items()}
-                inner = torch.randint(0, 193, (5,)).sort().values
-                offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([192])])
+                inner = torch.randint(0, B * T + 1, (B - 1,)).sort().values
+                offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([B * T])])
                 batch = flat | {"cu_seqlens": offsets.int()}
             assert_equal(compiled(batch), step(batch))
         assert counter.frame_count == 1
-        with pytest.raises(ValueError, match="expected a number"):
-            torch.compile(lambda x: lambda_returns(x, x, x, tau=-1.0), backend="eager")(torch.zeros(2, 3))
     torch._dynamo.reset()
-    batch = to(make_batch(6, 32, "right-padded"), torch.float32)
+    with pytest.raises(ValueError, match="expected a number"):
+        torch.compile(lambda x: lambda_returns(x, x, x, tau=-1.0), backend="eager")(torch.zeros(2, 3))
+    batch = to(make_batch(B, 32, "right-padded"), torch.float32)
     assert_equal(torch.compile(step, fullgraph=True, backend="aot_eager")(batch), step(batch))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_host_sync_and_graph_capture(packed: bool) -> None:
+    """Nothing waits on the host; a captured graph follows new inputs, masks and offsets included."""
+
+    def run(batch: Batch) -> tuple[Tensor, ...]:
+        results, metrics = lambda_returns_with_metrics(**batch, tau=TAU)
+        return (*results, *metrics.values())
+
+    batches = [to(make_batch(40, 300, "holes", per_token=False), torch.float32) for _ in range(2)]
+    if packed:
+        flat = [{name: x.flatten() for name, x in batch.items()} for batch in batches]
+        inner = [torch.randint(0, 12001, (39,)).sort().values for _ in flat]
+        ends = torch.tensor([0]), torch.tensor([12000])
+        batches = [b | {"cu_seqlens": torch.cat([ends[0], x, ends[1]]).int()} for b, x in zip(flat, inner, strict=True)]
+    expected = [run(batch) for batch in batches]
+    static = {name: x.clone() for name, x in batches[0].items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static)
+    for batch, results in zip(batches, expected, strict=True):
+        for name, x in batch.items():
+            static[name].copy_(x)
+        graph.replay()
+        assert_equal(captured, results)
 
 
 # Errors
@@ -532,6 +681,7 @@ PACKED: Batch = {"log_ratio": torch.zeros(20), "values": torch.zeros(20), "rewar
           "cu_seqlens": torch.tensor([0, 4, 9, 20], dtype=torch.int32)}  # fmt: skip
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("arguments", "change", "message"),
@@ -580,8 +730,3 @@ def test_errors_name_the_argument(arguments: dict, change: dict, message: str, i
         del arguments["log_ratio"], arguments["tau"]
         with pytest.raises(ValueError, match=message):
             gae(**arguments)
-
-
-def test_triton_does_not_exist_yet() -> None:
-    with pytest.raises(ValueError, match="impl"):
-        lambda_returns(**PADDED, impl="triton")

@@ -1,13 +1,18 @@
-"""ppo_loss against Algorithm 1 (arXiv 2508.17000, appendix B) written token by token in Python floats."""
+"""ppo_loss against Algorithm 1 (arXiv 2508.17000, appendix B) written token by token in Python floats, and PPO's whole
+arithmetic against TRL's numbers. test_theory.py has the penalties' meaning."""
 
+import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from klq_fast import gae, ppo_loss
+from klq_fast.batch import Rollout
+from klq_fast.ppo import PPO, whitened
 
 Batch = dict[str, Any]  # tensors by the name of ppo_loss's argument
 NAMES = ("logprobs", "old_logprobs", "values", "old_values", "advantages", "returns")
@@ -30,7 +35,16 @@ def make_batch(*shape: int, dtype: torch.dtype = torch.float64, spread: float = 
     return batch
 
 
-def truth(batch: Batch, mask: Tensor | None, clip=0.2, value_clip=0.2, value_coef=0.1, num_tokens=None):
+def truth(
+    batch: Batch,
+    mask: Tensor | None,
+    clip: float | None = 0.2,
+    value_clip=0.2,
+    value_coef=0.1,
+    forward_kl_coef=0.0,
+    reverse_kl_coef=0.0,
+    num_tokens=None,
+):
     """Loss, gradients by logprobs and values, and mean L_π, mean L_V and shares of clipped tokens: token by token."""
     flat = {name: x.detach().flatten().tolist() for name, x in batch.items()}
     count = len(flat["values"])
@@ -46,12 +60,16 @@ def truth(batch: Batch, mask: Tensor | None, clip=0.2, value_clip=0.2, value_coe
         ratio = math.exp(flat["logprobs"][t] - flat["old_logprobs"][t])
         advantage, target = flat["advantages"][t], flat["returns"][t]
         inside = -advantage * ratio
-        outside = -advantage * min(max(ratio, 1 - clip), 1 + clip)
+        outside = inside if clip is None else -advantage * min(max(ratio, 1 - clip), 1 + clip)
         policy_sum += max(inside, outside)
         if inside >= outside:
             policy_grad[t] = inside / divisor  # d(−Âρ)/d log π = −Âρ
         else:
             clipped += 1
+        policy_sum += forward_kl_coef * (ratio - 1 - math.log(ratio))
+        policy_sum += reverse_kl_coef * (ratio * math.log(ratio) - ratio + 1)
+        policy_grad[t] += forward_kl_coef * (ratio - 1) / divisor
+        policy_grad[t] += reverse_kl_coef * ratio * math.log(ratio) / divisor
         value, old = flat["values"][t], flat["old_values"][t]
         inside = (value - target) ** 2
         outside = (min(max(value, old - value_clip), old + value_clip) - target) ** 2
@@ -86,11 +104,15 @@ def test_is_algorithm_1(shape: tuple[int, ...], masked: bool) -> None:
     mask = torch.rand(shape) > 0.3 if masked else None
     check(make_batch(*shape), mask, 1e-13)
     check(make_batch(*shape), mask, 1e-13, clip=0.1, value_clip=0.7, value_coef=1.3, num_tokens=17.0)
+    check(make_batch(*shape), mask, 1e-13, clip=None, forward_kl_coef=0.7)
+    check(make_batch(*shape), mask, 1e-13, clip=None, forward_kl_coef=0.7, reverse_kl_coef=0.3, num_tokens=17.0)
+    check(make_batch(*shape), mask, 1e-13, reverse_kl_coef=2.0)  # beside clipping
 
 
 def test_float32_and_bfloat16_inputs() -> None:
     """Everything after the inputs is float32: a few roundings of 6e-8, of numbers up to e^2 · 4, averaged or not."""
     check(make_batch(50, 20, dtype=torch.float32), None, 2e-6)
+    check(make_batch(50, 20, dtype=torch.float32), None, 2e-6, clip=None, forward_kl_coef=0.5, reverse_kl_coef=0.5)
     batch = make_batch(50, 20, dtype=torch.bfloat16)
     loss, metrics = ppo_loss(**batch)
     assert loss.dtype == metrics["approx_kl"].dtype == torch.float32
@@ -105,19 +127,25 @@ def test_gradcheck() -> None:
     fixed = {name: x for name, x in batch.items() if name not in ("logprobs", "values")}
     mask = torch.rand(6, 5) > 0.3
 
-    def loss(logprobs: Tensor, values: Tensor) -> Tensor:
-        return ppo_loss(logprobs=logprobs, values=values, **fixed, mask=mask).loss
+    for options in ({}, {"clip": None, "forward_kl_coef": 0.5, "reverse_kl_coef": 0.5}):
 
-    assert torch.autograd.gradcheck(loss, (batch["logprobs"], batch["values"]))
+        def loss(logprobs: Tensor, values: Tensor, options: dict[str, Any] = options) -> Tensor:
+            return ppo_loss(logprobs=logprobs, values=values, **fixed, mask=mask, **options).loss
+
+        assert torch.autograd.gradcheck(loss, (batch["logprobs"], batch["values"]))
 
 
-def test_first_step_is_the_policy_gradient() -> None:
-    """With π = π_old the ratio is 1: the gradient by log π is −Â/n, nothing is clipped, the KL estimate is 0."""
+@pytest.mark.parametrize("options", [{}, {"clip": None, "forward_kl_coef": 0.5, "reverse_kl_coef": 0.5}])
+def test_first_step_is_the_policy_gradient(options: dict[str, Any]) -> None:
+    """With π = π_old the ratio is 1: the gradient by log π is −Â/n, nothing is clipped, the KL estimate is 0.
+
+    The penalties change nothing in any token's gradient, which is why these estimators of them were chosen.
+    """
     batch = make_batch(8, 9, dtype=torch.float32)
     batch["logprobs"] = batch["old_logprobs"].clone().requires_grad_()
     batch["values"] = batch["old_values"].clone().requires_grad_()
     mask = torch.rand(8, 9) > 0.3
-    loss, metrics = ppo_loss(**batch, mask=mask)
+    loss, metrics = ppo_loss(**batch, mask=mask, **options)
     loss.backward()
     n = mask.sum()
     # One division, and a multiplication by exactly 1: equal up to the order of the two, 1 unit in the last place.
@@ -257,6 +285,51 @@ def test_works_on_what_gae_returns() -> None:
     assert metrics["returns"].item() == pytest.approx(returns.sum().item() / 17, rel=1e-5)
 
 
+@pytest.mark.parametrize("penalty", ["none", "forward", "reverse"])
+def test_the_algorithm_s_loss_is_this_one(penalty: Literal["none", "forward", "reverse"]) -> None:
+    """`PPO.loss` on a microbatch, from hidden states, with the penalties' coefficients by Eqs. 5, 17 and 18."""
+    B, T, V, D = 3, 5, 7, 4
+    lengths = torch.tensor([5, 1, 3])
+    batch = Rollout(
+        prompt_tokens=torch.zeros(B, 1, dtype=torch.int64),
+        prompt_lengths=torch.ones(B, dtype=torch.int64),
+        response_tokens=torch.randint(V, (B, T)),
+        response_lengths=lengths,
+        ended=torch.zeros(B, dtype=torch.bool),
+        logprobs=-torch.rand(B, T),
+        values=torch.randn(B, T),
+        advantages=torch.randn(B, T),
+        returns=torch.randn(B, T),
+    )
+    hidden, head, values = torch.randn(B, T, D), torch.nn.Linear(D, V), torch.randn(B, T)
+    ppo = PPO(
+        tau=0.3,
+        lam=0.9,
+        gamma=1.0,
+        alpha=0.25,
+        clip=0.1,
+        value_clip=0.15,
+        value_coef=0.7,
+        whiten=True,
+        ppo_penalty=penalty,
+        beta=0.6 if penalty == "forward" else None,
+        temperature=0.8,
+    )
+    found = ppo.loss(batch, hidden, head, values, torch.tensor(11), None)
+    logprobs = (head(hidden) / 0.8).log_softmax(-1).gather(-1, batch.response_tokens[..., None]).squeeze(-1)
+    options: dict[str, dict[str, Any]] = {
+        "none": {"clip": 0.1},
+        "forward": {"clip": None, "forward_kl_coef": 0.6, "reverse_kl_coef": 0.3},
+        "reverse": {"clip": None, "reverse_kl_coef": 0.3 / 0.25},
+    }
+    fixed = (batch.logprobs, values, batch.values, batch.advantages, batch.returns, batch.mask)
+    expected = ppo_loss(logprobs, *fixed, value_clip=0.15, value_coef=0.7, num_tokens=11, **options[penalty])
+    # The log-probabilities differ by float32's rounding, 1e-6 in sums of 9 numbers of size 1.
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    for name, value in expected.metrics.items():
+        assert found.metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+
+
 def test_compiles_without_a_break() -> None:
     batch, mask = make_batch(4, 6, dtype=torch.float32), torch.rand(4, 6) > 0.3
     compiled = torch.compile(ppo_loss, fullgraph=True, backend="aot_eager")
@@ -278,6 +351,8 @@ def test_compiles_without_a_break() -> None:
         ({"clip": 0.0}, r"clip: got 0.0, expected a number in \(0, inf\)"),
         ({"clip": float("nan")}, "clip: got nan"),
         ({"value_clip": -0.2}, "value_clip: got -0.2"),
+        ({"forward_kl_coef": -1.0}, r"forward_kl_coef: got -1.0, expected a number in \[0, inf\)"),
+        ({"reverse_kl_coef": float("inf")}, r"reverse_kl_coef: got inf, expected a number in \[0, inf\)"),
         ({"value_coef": -1.0}, r"value_coef: got -1.0, expected a number in \[0, inf\)"),
         ({"num_tokens": 0}, r"num_tokens: got 0, expected a number in \(0, inf\)"),
         ({"num_tokens": torch.ones(2)}, r"num_tokens: got shape \(2,\), expected \(\)"),
@@ -293,3 +368,107 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
 def test_has_no_triton_kernel() -> None:
     with pytest.raises(ValueError, match="impl"):
         ppo_loss(*torch.zeros(6, 4, 5), impl="triton")
+
+
+# TRL 1.12.0's PPO trainer on its own inputs (tests/golden/make_trl_ppo.py ran it and wrote them down).
+
+TRL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text(encoding="utf-8"))
+CONSTANTS = TRL["settings"]
+
+
+def recorded(name: str, source: dict[str, Any] = TRL) -> Tensor:
+    return torch.tensor(source[name])
+
+
+def trl_masks() -> tuple[Tensor, Tensor]:
+    """The response's tokens, and TRL's wider mask for values.
+
+    TRL pays a score one step after the last token (the end-of-sequence token), to the state behind it, which it gives a
+    value and trains it on the score; where the response fills the length, and has no such state, on the last token, as
+    the paper's Algorithm 1 and we always do. So a row of its `rewards` and `values` is one step longer than ours.
+    """
+    return ~recorded("padding_mask"), ~recorded("padding_mask_p1")
+
+
+def test_gae_is_trl_s() -> None:
+    """On TRL's rewards and values, with its mask for values. Six float32 sums of numbers up to 8: 6 · 5e-7 at most."""
+    _, mask = trl_masks()
+    lam, gamma = CONSTANTS["lam"], CONSTANTS["gamma"]
+    advantages, returns = gae(recorded("rewards"), recorded("values"), mask, lam=lam, gamma=gamma)
+    assert mask.sum(1).unique().tolist() == [3, 4, 5, 6]
+    assert advantages.abs().max() > 5
+    torch.testing.assert_close(advantages[mask], recorded("advantages")[mask], rtol=0, atol=3e-6)
+    torch.testing.assert_close(returns[mask], recorded("returns")[mask], rtol=0, atol=3e-6)
+
+
+def test_whitening_is_trl_s() -> None:
+    """A mean and a variance of 32 float32 numbers, each in its own order of summing: a few roundings of 1e-7."""
+    mask, _ = trl_masks()
+    torch.testing.assert_close(whitened(recorded("advantages"), mask), recorded("whitened"), rtol=1e-6, atol=1e-6)
+
+
+def test_targets_are_trl_s_where_the_conventions_agree() -> None:
+    """From log-probs, values and scores, on the rows that fill the length: their score comes with their last token."""
+    mask, _ = trl_masks()
+    full = mask.all(1)
+    assert full.sum() == 2
+    lengths = mask.sum(1)[full]
+    rollout = Rollout(
+        prompt_tokens=torch.zeros(2, 1, dtype=torch.int64),
+        prompt_lengths=torch.ones(2, dtype=torch.int64),
+        response_tokens=torch.zeros(2, mask.shape[1], dtype=torch.int64),
+        response_lengths=lengths,
+        ended=torch.zeros(2, dtype=torch.bool),
+        logprobs=recorded("logprobs")[full],
+        ref_logprobs=recorded("ref_logprobs")[full],
+        values=recorded("values")[full],
+        rewards=recorded("scores")[full],
+    )
+    ppo = PPO(
+        tau=CONSTANTS["kl_coef"],
+        lam=CONSTANTS["lam"],
+        gamma=CONSTANTS["gamma"],
+        alpha=1.0,
+        clip=0.2,
+        value_clip=0.2,
+        value_coef=0.1,
+        whiten=False,
+        ppo_penalty="none",
+        beta=None,
+        temperature=1.0,
+    )
+    targets = ppo.targets(rollout)
+    torch.testing.assert_close(targets.advantages, recorded("advantages")[full], rtol=0, atol=3e-6)
+    torch.testing.assert_close(targets.returns, recorded("returns")[full], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_loss_is_trl_s(index: int) -> None:
+    """Policy loss, value loss, clipped shares and both gradients, in the four steps of two epochs.
+
+    TRL takes the policy's mean over the response's tokens and the value's over its wider mask, with a factor ½; so each
+    is compared by itself. A few float32 roundings of numbers up to 40 (squares) and 3 (ratios times advantages).
+    """
+    step = TRL["steps"][index]
+    rows = step["micro_batch_inds"]
+    tokens, states = (mask[rows] for mask in trl_masks())
+    names = "new_logprobs mb_logprobs vpred mb_values mb_advantage mb_return".split()
+    arguments = [recorded(name, step) for name in names]
+    logprobs, values = arguments[0].requires_grad_(), arguments[2].requires_grad_()
+    options = {"clip": CONSTANTS["cliprange"], "value_clip": CONSTANTS["cliprange_value"]}
+
+    loss, metrics = ppo_loss(*arguments, mask=tokens, **options, value_coef=0.0)
+    assert loss.item() == pytest.approx(step["pg_loss"], rel=1e-6, abs=1e-6)
+    assert metrics["clip_fraction"].item() == pytest.approx(step["pg_clipfrac"], rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(grad, recorded("grad_logprobs", step), rtol=1e-6, atol=1e-7)
+
+    value_coef = CONSTANTS["vf_coef"] / 2
+    _, metrics = ppo_loss(*arguments, mask=states, **options)
+    assert metrics["value_loss"].item() / 2 == pytest.approx(step["vf_loss"], rel=1e-6)
+    assert metrics["value_clip_fraction"].item() == pytest.approx(step["vf_clipfrac"], rel=1e-6)
+    loss = ppo_loss(*arguments, mask=states, **options, value_coef=value_coef).loss
+    (grad,) = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(grad, recorded("grad_values", step), rtol=1e-6, atol=1e-7)
+    if index:
+        assert 0.2 < step["pg_clipfrac"] < 0.9 and 0.2 < step["vf_clipfrac"] < 0.9  # the clipping takes part

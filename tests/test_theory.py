@@ -2,18 +2,21 @@
 
 Each test states one result of the paper from its equations. States s, actions a: |S| = 6, |A| = 3, discount γ < 1,
 reference policy π_b, temperature τ. The public operations `lambda_returns` and `gae` take part where the paper's
-statement is about returns along trajectories (Eqs. 7, 8, 14, 38, Algorithms 1 and 2).
+statement is about returns along trajectories (Eqs. 7, 8, 14, 38, Algorithms 1 and 2), `ppo_loss` where it is about
+PPO's objective (Eqs. 5, 17), `klq_loss` where it is about KLQ's gradient (Eq. 6).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from klq_fast import gae, lambda_returns
+from klq_fast import gae, klq_loss, lambda_returns, ppo_loss
+from klq_fast.ppo import PPO
 
 S, A = 6, 3
 SEEDS = range(3)
@@ -370,14 +373,20 @@ def test_moving_towards_the_boltzmann_policy_improves(mdp: MDP) -> None:
         assert (change[:3].abs() < 1e-12).all()
 
 
-def test_boltzmann_updates_improve_up_to_the_optimum(mdp: MDP) -> None:
-    """Corollary A.6 (Eqs. 86, 87): Q^{π_B} ≥ Q^π, strictly unless π = π_B where (s, a) leads; repeated, it ends at Q*.
-
-    Q* is found on its own, as the fixed point of Q = r + γ E[V[Q](s')] (Eq. 11). Fails if a Boltzmann step ever loses.
-    """
+def optimal_action_values(mdp: MDP) -> Tensor:
+    """Q*, the fixed point of Q = r + γ E[V[Q](s')] (Eq. 11)."""
     optimal = torch.zeros(S, A, dtype=torch.float64)
     for _ in range(350):  # 0.9^350 = 1e-16
         optimal = mdp.reward + mdp.gamma * mdp.next_mean(boltzmann(mdp, optimal)[1])
+    return optimal
+
+
+def test_boltzmann_updates_improve_up_to_the_optimum(mdp: MDP) -> None:
+    """Corollary A.6 (Eqs. 86, 87): Q^{π_B} ≥ Q^π, strictly unless π = π_B where (s, a) leads; repeated, it ends at Q*.
+
+    Q* is found on its own, from its own equation. Fails if a Boltzmann step ever loses.
+    """
+    optimal = optimal_action_values(mdp)
     action_values = rollout_values(mdp, random_policy())
     improved = rollout_values(mdp, boltzmann(mdp, action_values)[0])
     assert (improved > action_values).all()
@@ -445,6 +454,172 @@ def test_klq_iterates_equal_those_of_penalised_ppo(mdp: MDP, alpha: float, lam: 
 
         torch.testing.assert_close(action_values_of(mdp, policy, values), action_values, rtol=0, atol=1e-10)
         torch.testing.assert_close(policy, boltzmann(mdp, action_values)[0], rtol=0, atol=1e-10)
+
+
+def penalised_ppo(penalty: Literal["forward", "reverse"], tau: float, alpha: float, beta: float | None) -> PPO:
+    return PPO(
+        tau=tau,
+        lam=0.95,
+        gamma=1.0,
+        alpha=alpha,
+        clip=0.2,
+        value_clip=0.2,
+        value_coef=0.0,
+        whiten=False,
+        ppo_penalty=penalty,
+        beta=beta,
+        temperature=1.0,
+    )
+
+
+def expected_ppo_loss(ppo: PPO, states: Tensor, old: Tensor, policy: Tensor, advantages: Tensor) -> Tensor:
+    """The mean of the public loss over s ~ `states` and a ~ π_old(·|s), each token's loss by itself: ()."""
+    clip, forward, reverse = ppo.trust_region()
+    zero = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for s in range(S):
+        for a in range(A):
+            log_new, log_old, advantage = (x[s, a].view(1) for x in (policy.log(), old.log(), advantages))
+            loss = ppo_loss(
+                log_new,
+                log_old,
+                zero,
+                zero,
+                advantage,
+                zero,
+                clip=clip,
+                value_coef=0.0,
+                forward_kl_coef=forward,
+                reverse_kl_coef=reverse,
+            ).loss
+            total = total + states[s] * old[s, a] * loss
+    return total
+
+
+@pytest.mark.parametrize("penalty", ["forward", "reverse"])
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_penalised_ppo_loss_is_the_paper_s_objective(
+    mdp: MDP, penalty: Literal["forward", "reverse"], beta: float
+) -> None:
+    """Eqs. 5 and 17: the expected loss is minus the objective, in value and in gradient, for any π, π_old, π_b, V.
+
+    The right side sums the divergences over all actions (Eq. 2), with the advantages of Eq. 16 and the penalty to π_b;
+    the left side, sampled from π_old, has GAE's advantages, which differ from these by the token's own penalty (tested
+    below), and no π_b. Fails if a penalty's estimator is biased, or if a direction, β or τ is mistaken.
+    """
+    old, states = random_policy(), torch.rand(S, dtype=torch.float64)
+    logits = torch.randn(S, A, dtype=torch.float64, requires_grad=True)
+    policy = logits.softmax(-1)
+    errors = random_values(S, A)  # E[Σ (λγ)^k δ_k | s, a]: GAE on the KL-penalised reward
+    advantages = errors + mdp.tau * (old / mdp.reference).log()  # Eq. 16, by Eqs. 7 and 12
+    surrogate = (old * (policy / old) * advantages).sum(-1)
+    to_old = kl(old, policy) if penalty == "forward" else kl(policy, old)
+    objective = (states * (surrogate - beta * to_old - mdp.tau * kl(policy, mdp.reference))).sum()
+    loss = expected_ppo_loss(penalised_ppo(penalty, mdp.tau, 1.0, beta), states, old, policy, errors)
+    torch.testing.assert_close(loss, -objective, rtol=0, atol=1e-12)
+    (expected,) = torch.autograd.grad(-objective, logits, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, logits)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_reverse_penalised_ppo_ends_at_klq_s_next_policy(mdp: MDP, alpha: float) -> None:
+    """Proposition 4.1 for the public loss: with β = τ(1 − α)/α, its default, one batch's loss has its minimum at the
+    policy of the next Q, Q + α E[Σ (λγ)^k δ_k] (Eqs. 7, 15), whatever the states' weights.
+
+    Fails for any other default of β, and for the forward penalty in its place.
+    """
+    old, values = boltzmann(mdp, random_values(S, A))
+    states, errors = torch.rand(S, dtype=torch.float64) + 0.1, random_values(S, A)
+    best, _ = boltzmann(mdp, action_values_of(mdp, old, values) + alpha * errors)
+
+    def gradient(ppo: PPO, policy: Tensor) -> Tensor:
+        logits = policy.log().requires_grad_()
+        return torch.autograd.grad(expected_ppo_loss(ppo, states, old, logits.softmax(-1), errors), logits)[0]
+
+    reverse = penalised_ppo("reverse", mdp.tau, alpha, None)
+    assert gradient(reverse, best).abs().max() < 1e-12
+    assert gradient(reverse, old).abs().max() > 1e-3
+    forward = penalised_ppo("forward", mdp.tau, alpha, mdp.tau * (1 - alpha) / alpha)
+    assert (gradient(forward, best).abs().max() > 1e-3) == (alpha < 1)  # with β = 0 they are the same
+
+
+def klq_gradients(
+    mdp: MDP, logits: Tensor, values: Tensor, lam: float, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KLQ's expected on-policy gradients (Eq. 6) to logits (S, A) and values (S,), by the public loss, each state with
+    weight 1; and the expected residual E[Q − G | s, a] (S, A) itself, from Eqs. 7 and 14."""
+    policy = logits.softmax(-1)
+    action_values = action_values_of(mdp, policy, values)
+    pair_transition = torch.einsum("ijk,kl->ijkl", mdp.transition, policy).reshape(S * A, S * A)
+    td_errors = mdp.reward + mdp.gamma * mdp.next_mean(values) - action_values
+    decay = lam * mdp.gamma * pair_transition
+    errors = torch.linalg.solve(torch.eye(S * A, dtype=torch.float64) - decay, td_errors.flatten()).view(S, A)
+    logprobs = policy.log().requires_grad_()
+    token_values = values[:, None].repeat(1, A).requires_grad_()
+    loss = klq_loss(
+        logprobs,
+        mdp.reference.log(),
+        token_values,
+        action_values + errors,  # E[G | s, a]: the gradient is linear in G
+        tau=mdp.tau,
+        policy_weight=weights[0],
+        value_weight=weights[1],
+        num_tokens=1,
+    ).loss
+    to_logprobs, to_values = (policy * g for g in torch.autograd.grad(loss, (logprobs, token_values)))  # a ~ π(·|s)
+    to_logits = to_logprobs - policy * to_logprobs.sum(-1, keepdim=True)  # through log-softmax
+    return to_logits, to_values.sum(-1), -errors
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_gradient_weights_leave_the_fixed_point_where_it_is(mdp: MDP, lam: float) -> None:
+    """For any w_π, w_V > 0 the on-policy gradients are 0 at (π*, V*), and nowhere else.
+
+    Nowhere else, since they determine the residual: e = g_logits/(2 τ w_π π) + g_V/(2 w_V), its parts that vary with a
+    and that do not; so both are 0 only where E[Q − G | s, a] = 0 for every (s, a), where Q is the fixed point of B_λ
+    under π[Q], which is Q* alone (Theorem A.5, Corollary A.6). Fails if a weight enters the residual or the targets.
+    """
+    best, best_values = boltzmann(mdp, optimal_action_values(mdp))
+    for _ in range(10):
+        policy_weight, value_weight = (10 ** (4 * torch.rand(2, dtype=torch.float64) - 2)).tolist()
+        weights = (policy_weight, value_weight)
+        to_logits, to_values, residual = klq_gradients(mdp, best.log(), best_values, lam, weights)
+        for gradient in (to_logits / policy_weight, to_values / value_weight, residual):
+            assert gradient.abs().max() < 1e-11
+        logits, values = random_values(S, A), random_values(S)
+        to_logits, to_values, residual = klq_gradients(mdp, logits, values, lam, weights)
+        assert residual.abs().max() > 0.1
+        varying = to_logits / (2 * mdp.tau * policy_weight * logits.softmax(-1))
+        constant = to_values[:, None] / (2 * value_weight)
+        torch.testing.assert_close(varying + constant, residual, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0), (2.0, 1.0), (2.0, 0.1), (0.5, 1.0), (1.0, 2.0)], ids=["1,1", "2,1", "2,0.1", "0.5,1", "1,2"]
+)
+def test_gradient_steps_reach_the_optimum_whatever_their_weights(mdp: MDP, weights: tuple[float, float]) -> None:
+    """From a random (π, V), on-policy gradient steps end at (π*, V*) for the paper's weights and four others, such as
+    w_π = 1/τ with w_V = 0.1 (τ = 0.5).
+
+    A step moves Q's varying part by 2 τ² w_π and its constant part by 2 w_V times the residual; the rate makes the
+    larger of the two 0.4. The logits' steps are divided by π(a|s), which moves no stationary point, lest an unlikely
+    action takes a million steps. After 40 times the inverse of the smaller step, an error that decays at its pace is
+    e^−16 of what it was.
+    """
+    mdp = replace(mdp, tau=0.5)
+    best, best_values = boltzmann(mdp, optimal_action_values(mdp))
+    logits, values = random_values(S, A), random_values(S)
+    assert (logits.softmax(-1) - best).abs().max() > 0.1 and (values - best_values).abs().max() > 0.1
+    paces = (2 * mdp.tau**2 * weights[0], 2 * weights[1])
+    rate = 0.4 / max(paces)
+    for _ in range(round(40 * max(paces) / min(paces))):
+        to_logits, to_values, _ = klq_gradients(mdp, logits, values, 0.95, weights)
+        logits = logits - rate * to_logits / logits.softmax(-1)
+        values = values - rate * to_values
+    torch.testing.assert_close(logits.softmax(-1), best, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, best_values, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
