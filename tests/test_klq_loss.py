@@ -324,9 +324,32 @@ def test_explained_variance_of_large_returns(impl) -> None:
         half = returns.double().sub(1000).div(2)  # explains half of every deviation: 1 − 1/4
         out = klq_loss(zeros, zeros, half.float(), returns, mask, tau=1.0, impl=impl)
         torch.testing.assert_close(out.metrics["explained_variance"], torch.tensor(0.75), rtol=0, atol=1e-2)
-        for constant in (0.1, -7.3, 1e4 / 3):  # whatever the rounding of its mean, it has no variance to explain
-            out = klq_loss(zeros, zeros, torch.randn(size), torch.full((size,), constant), mask, tau=1.0, impl=impl)
-            assert out.metrics["explained_variance"] == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_explained_variance_of_constant_returns(impl) -> None:
+    """0, whatever the rounding of their mean, and where the kernel's first block of 1024 slots has no valid token."""
+    for case in range(50):
+        size = int(torch.randint(1025, 6000, ()) if case % 2 else torch.randint(1, 1500, ()))
+        mask = torch.arange(size) >= 1024 if case % 2 else None
+        returns = (torch.randn(()) * 10 ** (8 * torch.rand(()) - 4)).expand(size)
+        zeros = torch.zeros(size)
+        out = klq_loss(zeros, zeros, torch.randn(size), returns, mask, tau=1.0, impl=impl)
+        assert out.metrics["explained_variance"] == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_explained_variance_after_an_empty_block(impl) -> None:
+    """A variance of 5e-15 of the mean's square: about 0, not about a number near these, even float64 sums lose it."""
+    size = 5000
+    returns = 1e6 + torch.randint(0, 4, (size,)) / 16
+    values = returns - torch.randint(0, 2, (size,)) / 16
+    mask = torch.arange(size) >= 1024
+    zeros = torch.zeros(size)
+    out = klq_loss(zeros, zeros, values, returns, mask, tau=1.0, impl=impl)
+    unexplained, variance = (x[mask].double().var() for x in (values - returns, returns))
+    expected = (1 - unexplained / variance).float()
+    torch.testing.assert_close(out.metrics["explained_variance"], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", FUSED)
@@ -583,6 +606,7 @@ NUMBERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("make", [make_plain, make_linear])
 @pytest.mark.parametrize(("change", "message"), NUMBERS)
 def test_bad_arguments(make, change, message) -> None:
@@ -591,6 +615,7 @@ def test_bad_arguments(make, change, message) -> None:
         (klq_loss if make is make_plain else linear_klq_loss)(**arguments)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -649,7 +674,13 @@ def test_compiles_whole_and_once_for_every_length(impl) -> None:
 @pytest.mark.parametrize("num_tokens", [None, 40.5])
 @pytest.mark.parametrize("make", [make_plain, make_linear])
 def test_no_host_sync_and_graph_capture(make, num_tokens) -> None:
-    """Forward and backward wait for nothing on the host; a captured graph follows new inputs, masks included."""
+    """Forward and backward wait for nothing on the host; a captured graph follows new inputs, masks included.
+
+    To the bit without matrix products. For these cuBLAS may choose another algorithm in a capture: sums of up to 45
+    float32 products in another order are off by at most 45 · 6e-8 of their terms, and the metrics, differences of such,
+    by a few times more of their own size. An input that was not followed changes everything by its own size.
+    """
+    tolerance = 0.0 if make is make_plain else 1e-4
     first, second = make(), make()
     expected = [run(arguments, num_tokens=num_tokens) for arguments in (first, second)]
     static = {name: each.clone() for name, each in first.items()}
@@ -665,7 +696,7 @@ def test_no_host_sync_and_graph_capture(make, num_tokens) -> None:
         for name, each in arguments.items():
             static[name].copy_(each)
         graph.replay()
-        assert_same(captured, results, rtol=0, atol=0)
+        assert_same(captured, results, rtol=0, atol=tolerance)
 
 
 @pytest.mark.cuda

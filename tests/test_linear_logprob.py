@@ -379,6 +379,7 @@ def test_token_out_of_range(impl, token) -> None:
         linear_logprobs(**head, impl=impl)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -407,6 +408,7 @@ def test_bad_arguments(change, message) -> None:
         linear_logprobs(**arguments)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -469,7 +471,12 @@ def test_compiles_whole_and_once_for_every_length(impl) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_host_sync_and_graph_capture(dtype) -> None:
-    """Forward and backward wait for nothing on the host; a captured graph follows new inputs."""
+    """Forward and backward wait for nothing on the host; a captured graph follows new inputs.
+
+    Not to the bit, as cuBLAS may choose another algorithm in a capture. Sums of up to 1000 products in another order
+    differ by at most 1000 · 6e-8 of their terms; 16-bit results, and the 16-bit gradients of the logits that go into
+    them, may then round to a neighbour, a unit in the last place away each.
+    """
     heads, factors = [make_head(30, 64, 1000, dtype) for _ in range(2)], torch.randn(30)
     expected = [value_and_gradients(head, factors, softcap=5.0) for head in heads]
     static = {name: each.clone() for name, each in heads[0].items()}
@@ -485,4 +492,6 @@ def test_no_host_sync_and_graph_capture(dtype) -> None:
         for name, each in head.items():
             static[name].copy_(each)
         graph.replay()
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(captured, results, strict=True))
+        for mine, theirs in zip(captured, results, strict=True):
+            tolerance = 1e-4 if mine.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            assert (mine.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max().double()

@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = 1024  # tokens per program; a million tokens are 977 programs and as many columns of partial sums
 BLOCK_PARTIALS = 128
 NUM_METRICS = 6
-NUM_PARTIALS = 11  # rows of the partial sums, in the order in which _klq_loss_kernel writes them
+NUM_PARTIALS = 13  # rows of the partial sums, in the order in which _klq_loss_kernel writes them
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _moments(x, valid, inverse_count):
     return shift, tl.sum(x, axis=0), tl.sum(x * x, axis=0)
 
 
-# Reads 16 bytes (float32) and a byte of mask per slot, writes 4 and 44 bytes per 1024 slots; some 25 operations a slot.
+# Reads 16 bytes (float32) and a byte of mask per slot, writes 4 and 52 bytes per 1024 slots; some 30 operations a slot.
 # tau is float32 and num_slots is not specialised: neither a new number nor a new length compiles anything.
 @triton.jit(do_not_specialize=["num_slots"])
 def _klq_loss_kernel(
@@ -80,6 +80,8 @@ def _klq_loss_kernel(
     tl.store(out + 8 * columns, return_shift)
     tl.store(out + 9 * columns, return_sum)
     tl.store(out + 10 * columns, return_squares)
+    tl.store(out + 11 * columns, tl.min(tl.where(valid, returns, float("inf")), axis=0))
+    tl.store(out + 12 * columns, tl.max(tl.where(valid, returns, float("-inf")), axis=0))
 
 
 @triton.jit
@@ -112,14 +114,20 @@ def _klq_loss_metrics_kernel(
     residual_squares = tl.zeros([BLOCK], tl.float64)
     return_sum = tl.zeros([BLOCK], tl.float64)
     return_squares = tl.zeros([BLOCK], tl.float64)
-    # Any origin near the data will do; with the first block's, a constant has a variance of exactly 0.
-    first = columns > 0
-    residual_origin = tl.load(partials_ptr + 5 * columns, mask=first, other=0.0).to(tl.float64)
-    return_origin = tl.load(partials_ptr + 8 * columns, mask=first, other=0.0).to(tl.float64)
+    lowest_return = tl.full([BLOCK], float("inf"), tl.float32)
+    highest_return = tl.full([BLOCK], float("-inf"), tl.float32)
+    # Moments are merged about the shift of the first block with a valid token; an empty block's, 0, may be far away.
+    first = columns
+    residual_origin = tl.zeros([], tl.float64)
+    return_origin = tl.zeros([], tl.float64)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < columns
         counts = tl.load(partials_ptr + offsets, mask=inside, other=0.0).to(tl.float64)
+        first = tl.minimum(first, tl.min(tl.where(counts > 0, offsets, columns), axis=0))
+        found = first < columns  # until then the sums are 0 about any origin
+        residual_origin = tl.load(partials_ptr + 5 * columns + first, mask=found, other=0.0).to(tl.float64)
+        return_origin = tl.load(partials_ptr + 8 * columns + first, mask=found, other=0.0).to(tl.float64)
         count += counts
         loss += tl.load(partials_ptr + columns + offsets, mask=inside, other=0.0).to(tl.float64)
         log_ratio += tl.load(partials_ptr + 2 * columns + offsets, mask=inside, other=0.0).to(tl.float64)
@@ -131,6 +139,10 @@ def _klq_loss_metrics_kernel(
         total, squares = _merge_moments(partials_ptr + 8 * columns, columns, offsets, inside, counts, return_origin)
         return_sum += total
         return_squares += squares
+        lowest = tl.load(partials_ptr + 11 * columns + offsets, mask=inside, other=float("inf"))
+        highest = tl.load(partials_ptr + 12 * columns + offsets, mask=inside, other=float("-inf"))
+        lowest_return = tl.minimum(lowest_return, lowest)
+        highest_return = tl.maximum(highest_return, highest)
 
     num_valid = tl.sum(count, axis=0)
     if num_tokens_ptr is None:
@@ -147,10 +159,11 @@ def _klq_loss_metrics_kernel(
     residual_total, return_total = tl.sum(residual_sum, axis=0), tl.sum(return_sum, axis=0)
     td_error = tl.where(some, -(residual_total * inverse_valid + residual_origin), 0.0)
     returns = tl.where(some, return_total * inverse_valid + return_origin, 0.0)
-    # Sums of squared deviations; of constant returns exactly 0, as every step is then exact in float64.
+    # Sums of squared deviations. A constant's is 0 as long as float64 holds (number of tokens · a few units in the last
+    # place)² exactly, up to some 10^7 tokens. That of a spread below 1e-23 is 0 too, as float32 holds no such squares.
     residual_variation = tl.sum(residual_squares, axis=0) - residual_total * residual_total / num_valid
     return_variation = tl.sum(return_squares, axis=0) - return_total * return_total / num_valid
-    varies = return_variation > 0
+    varies = (tl.max(highest_return, axis=0) > tl.min(lowest_return, axis=0)) & (return_variation > 0)
     explained = tl.where(varies, 1.0 - residual_variation / tl.where(varies, return_variation, 1.0), 0.0)
     tl.store(metrics_ptr, td_error.to(tl.float32))
     tl.store(metrics_ptr + 1, (tl.sum(log_ratio, axis=0) * inverse_valid).to(tl.float32))

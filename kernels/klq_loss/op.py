@@ -355,16 +355,24 @@ def _metrics(
 
     def variance(each: Tensor, its_mean: Tensor) -> Tensor:
         deviations = each - its_mean
-        return mean((deviations - mean(deviations)).square())  # as its_mean is rounded: a constant's variance is 0
+        return mean((deviations - mean(deviations)).square())  # its_mean is rounded, which counts where each is large
 
     residuals, _ = _residuals(logprobs, values, ref_logprobs, returns, mask, tau)
     td_error, returns_mean = -mean(residuals), mean(returns)
     returns_variance = variance(returns, returns_mean)
     unexplained = variance(residuals, -td_error) / returns_variance
-    explained_variance = torch.where(returns_variance > 0, 1 - unexplained, 0)
+    explained_variance = torch.where(_varies(returns, mask) & (returns_variance > 0), 1 - unexplained, 0)
     value_error = mean((values - returns).square())
     kl = mean(logprobs - ref_logprobs)
     return torch.stack((td_error, kl, explained_variance, value_error, mean(values), returns_mean))
+
+
+def _varies(x: Tensor, mask: Tensor | None) -> Tensor:  # () bool
+    """Whether two valid entries differ, which a variance does not tell: rounded, a constant's need not be 0."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+    low, high = (x, x) if mask is None else (torch.where(mask, x, each) for each in (torch.inf, -torch.inf))
+    return high.amax() > low.amin()
 
 
 def _count_tensor(num_tokens: float | Tensor | None, device: torch.device) -> Tensor | None:
