@@ -93,9 +93,7 @@ class Row:
     peak_bytes: int = 0  # the most that was allocated at one time beyond the inputs; the results count
     estimate: float = 0.0  # seconds of the second call
     seconds: list[float] = field(default_factory=list)
-    again: list[float] = field(
-        default_factory=list
-    )  # on a CPU, called in a row: data in the caches, memory at hand
+    again: list[float] = field(default_factory=list)  # on a CPU, called in a row: data in the caches, memory at hand
     device_seconds: float | None = None
 
 

@@ -47,6 +47,7 @@ Results = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1, the steadier)")
     parser.add_argument("--minutes", type=float, default=8.5, help="nothing is begun after that time (default 8.5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
     parser.add_argument("--page", type=Path, metavar="NAME.json", help="only write .md and .png again, from this file")
@@ -57,6 +58,7 @@ def main() -> int:
     device: str = options.device
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch sees no GPU here")
+    torch.set_num_threads(options.threads)
     deadline = time.perf_counter() + 60 * options.minutes
     console = Console(width=None if sys.stdout.isatty() else 180)
 
@@ -67,6 +69,8 @@ def main() -> int:
         return 1
 
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if device == "cuda" else "cpu"
+    if device == "cpu" and options.threads > 1:
+        name += f"-{options.threads}-threads"
     path: Path = options.results / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results: Results = {"machine": describe_machine(device), "broken": broken, "cases": [], "not_run": []}
@@ -118,7 +122,7 @@ def describe_machine(device: str) -> dict[str, str]:
     found = {
         "device": torch.cuda.get_device_name()
         if device == "cuda"
-        else f"CPU, {processor()}, {torch.get_num_threads()} threads",
+        else f"CPU, {processor()}, threads used: {torch.get_num_threads()}",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "date": time.strftime("%d %B %Y"),
         "command": f"python -m benchmarks.report {' '.join(sys.argv[1:])}".strip(),
