@@ -9,7 +9,7 @@ What should limit them is memory, if enough of it is under way: an H200 (4.8 TB/
 needs 25 KB on each multiprocessor. A program has 512 threads and asks for its next block before it works on the present
 one; its at most 64 registers a thread (up to 128 with a bias, a softcap or rows that cannot be read as vectors) let two
 programs share a multiprocessor: 2 · 16 KiB under way, as 4096 float32 or 8192 bfloat16 logits each. The work should
-hide behind that: of bfloat16, the hardest case, 4.8 TB/s bring a multiprocessor 9.6 logits a cycle (1.9 GHz), and it can
+hide behind that: of bfloat16, the hardest case, 4.8 TB/s bring a multiprocessor 9.6 logits a cycle (1.9 GHz); it can
 work on 128 / 10.3 = 12.4, at 10.3 instructions a logit in the compiled loop. Not measured yet.
 """
 
