@@ -162,9 +162,9 @@ def test_chunks(monkeypatch, impl, dtype, rows, chunk) -> None:
 
 def test_chunk_rows() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert op.chunk_rows(2048, 50304, cpu, True) == 256
-    assert op.chunk_rows(2049, 50304, cpu, True) == 257  # 8 equal chunks, not 8 and one of a single row
-    assert op.chunk_rows(5000, 50304, cpu, False) == 250
+    assert op.chunk_rows(2048, 50304, cpu, True) == 342
+    assert op.chunk_rows(2185, 50304, cpu, True) == 313  # 7 equal chunks, not 6 and one of a single row
+    assert op.chunk_rows(5000, 50304, cpu, False) == 358
     assert op.chunk_rows(0, 50304, cpu, True) == 0
     assert op.chunk_rows(3, 50304, cpu, True) == 3
     assert op.chunk_rows(10**6, 10**9, cpu, True) == 32
