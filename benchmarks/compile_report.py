@@ -12,6 +12,7 @@ Exits with 1 where a kernel spills registers, has a stack frame, needs more shar
 compile, or is launched by no operation.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -232,6 +233,7 @@ def compile_number(number: int) -> Usage | str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     start = time.perf_counter()

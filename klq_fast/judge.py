@@ -168,8 +168,11 @@ def compare_runs(config: JudgeConfig) -> Record:
                 verdicts[comparison.key] = line
                 advance()
 
+            def record_answer(comparison: Comparison, answer: str) -> None:
+                record(comparison, comparison.verdict(answer))
+
             try:
-                refused = judge.ask(missing, lambda comparison, answer: record(comparison, comparison.verdict(answer)))
+                refused = judge.ask(missing, record_answer) if missing else []
                 if refused and not verdicts:  # it takes nothing at all, which is not about the texts
                     raise InputError(f"{judge.name}: {refused[0][1]}")
                 for comparison, reason in refused:

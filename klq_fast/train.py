@@ -239,7 +239,8 @@ def describe(config: Config) -> None:
             f"{config.prompt_length} tokens"
         )
     else:
-        print("# the policy, reward model and prompts that are not named are made first, in about 90 s of one CPU core")
+        cost = "90 s" if config.preset == "demo" else "5 s"
+        print(f"# what is not named of the policy, reward and prompts is made first, in about {cost} of one CPU core")
 
 
 if __name__ == "__main__":

@@ -696,6 +696,10 @@ def test_the_runs_own_reward_is_the_default(folder: Path, capsys: pytest.Capture
         a, b = len(line["response_a"]), len(line["response_b"])
         assert line["preferred"] == ("a" if a > b else "b" if b > a else "tie")
     assert summary()["position_bias"] == 0 and summary()["judge"] == "reward judge_rewards:length"
+    finished = summary()
+    Path("judge.json").unlink()
+    main([str(folder / "a"), str(folder / "b")])  # again, with nothing left to ask: the summary alone
+    assert summary() == finished
     assert "at no cost" in capsys.readouterr().out
 
 
