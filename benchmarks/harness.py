@@ -131,7 +131,7 @@ def one_round(case: Case, rows: dict[str, Row], device: str, names: Iterable[str
             try:
                 rows[name].seconds.append(timed(case.contenders[name], device, crowded=is_crowded(rows, device)))
                 if device == "cpu" and rows[name].seconds[-1] < 0.1:
-                    # The fourth in a row: the third still pays for what the others' freed memory did to the heap.
+                    # The fourth in a row: the second still takes some 1.2 times as long as later ones.
                     rows[name].again.append([timed(case.contenders[name], device) for _ in range(3)][-1])
             except torch.OutOfMemoryError:
                 rows[name] = Row(status="out of memory")
