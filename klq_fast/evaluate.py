@@ -71,7 +71,7 @@ def respond_to_heldout(
     device = distributed.start(config.threads).device
     tokenizer = load_tokenizer("policy", policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts).heldout[:count]
-    model = load_policy(policy, config.temperature, config.seed, device)
+    model = load_policy(policy, config.temperature, device)
     check_lengths(prompts, model, config.response_length)
     generator = Generator(model, tokenizer, _never, config.response_length, 0.0, config.seed)
     responses: list[str] = []
@@ -397,7 +397,7 @@ def run_command(options: Options) -> None:
     tokenizer = load_tokenizer("policy", policy_name)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts).heldout
     reward = load_reward(config.reward, config.reward_model, device, config.microbatch_tokens)
-    policy = load_policy(policy_name, config.temperature, config.seed, device)
+    policy = load_policy(policy_name, config.temperature, device)
     reference = load_reference(reference_name, config.temperature, device) if reference_name else None
     check_lengths(prompts, policy, config.response_length)
     if reference is not None and (vocab := _vocab(policy)) != _vocab(reference):

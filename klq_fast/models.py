@@ -44,9 +44,18 @@ class Policy(nn.Module):
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         size = model.get_output_embeddings().in_features
         self.value_head = nn.Linear(size, 1, dtype=torch.float32)
-        # V starts near 0 with a spread of about 1: the trunk's last norm leaves |hidden| ≈ √D.
-        nn.init.normal_(self.value_head.weight, std=(size + 1) ** -0.5)
+        nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+
+    @torch.no_grad()
+    def start_values(self, rewards: Tensor) -> None:
+        """Lets a fresh value head say the mean reward in every state; one that was trained stays.
+
+        So V is right on average from the first target on. The errors of a random head are advantages until they are
+        learned away: it leaves the arithmetic task's policies twice as far from their optimum (docs/findings.md).
+        """
+        if not self.value_head.weight.any() and not self.value_head.bias.any():
+            self.value_head.bias.fill_(rewards.mean())
 
     def forward(self, batch: Rollout, loss: LossFunction | None = None, num_tokens: Tensor | None = None) -> Any:
         """The responses' (log-probs, values), both (B, T) and 0 in the padding; or `loss`'s output on this microbatch.
@@ -95,12 +104,9 @@ def placed(model: Any, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def load_policy(name: str, temperature: float, seed: int, device: torch.device) -> Policy:
-    """The policy in fp32 with a fresh value head drawn from `seed`, or the one saved beside the model."""
-    model = placed(_load(AutoModelForCausalLM, "policy", name), device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = Policy(model, temperature)
+def load_policy(name: str, temperature: float, device: torch.device) -> Policy:
+    """The policy in fp32 with a value head of zeros, or the one saved beside the model."""
+    policy = Policy(placed(_load(AutoModelForCausalLM, "policy", name), device), temperature)
     if (saved := Path(name) / VALUE_HEAD).is_file():
         policy.value_head.load_state_dict(load_file(saved))
     policy.to(device).eval()

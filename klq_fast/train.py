@@ -71,7 +71,7 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer("policy", config.policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
     reward = load_reward(config.reward, config.reward_model, state.device, config.microbatch_tokens)
-    policy = load_policy(config.policy, config.temperature, config.seed, state.device)
+    policy = load_policy(config.policy, config.temperature, state.device)
     reference = load_reference(config.policy, config.temperature, state.device)
     check_lengths([*prompts.train, *prompts.heldout], policy, config.response_length)
     generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
@@ -118,6 +118,8 @@ def train(config: Config) -> None:
                 rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
                 scores, _ = generator.score(batch_prompts, rollout)
                 rollout = generator.rewarded(rollout, scores)
+                if done == 0:
+                    policy.start_values(rollout.rewards)
                 rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
                 rollout = algorithm.targets(rollout)
                 losses = update(policy, optimizer, algorithm, rollout, config, done)

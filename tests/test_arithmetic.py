@@ -33,7 +33,7 @@ def paths(cache: Path) -> arithmetic.Paths:
 
 
 def make_generator(paths: arithmetic.Paths, penalty: float = 0.0, length: int = 3) -> Generator:
-    policy, tokenizer = load_policy(str(paths.policy), 1.0, 0, CPU), load_tokenizer("policy", str(paths.policy))
+    policy, tokenizer = load_policy(str(paths.policy), 1.0, CPU), load_tokenizer("policy", str(paths.policy))
     return Generator(policy, tokenizer, reward_from_function("klq_fast.arithmetic:score"), length, penalty, seed=0)
 
 
