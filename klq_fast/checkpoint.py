@@ -1,14 +1,19 @@
-"""Checkpoints: written beside their place and renamed, so that a crash while writing never spoils the last good one."""
+"""Checkpoints: written beside their place and renamed, so that a crash while writing never spoils the last good one.
+
+They are of `torch.distributed.checkpoint`: every process writes its part, and any number of processes reads them.
+"""
 
 import os
 import shutil
 import warnings
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from .distributed import from_first
 from .models import Policy
 
 PREFIX = "batch-"
@@ -17,32 +22,52 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def save_checkpoint(folder: Path, batches: int, policy: Policy, optimizer: Optimizer) -> None:
-    """Writes `folder`/batch-N, the state after N batches, and then removes the older ones."""
-    final = folder / f"{PREFIX}{batches:06d}"
-    if final.exists():
-        return
-    folder.mkdir(exist_ok=True)
-    partial = folder / f"partial-{batches}"
-    shutil.rmtree(partial, ignore_errors=True)
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"policy": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, no_dist=True)
-    rename_folder(partial, final)
-    for older in _checkpoints(folder)[:-1]:
-        shutil.rmtree(older)
+    """Writes `folder`/batch-N, the state after N batches, and then removes the older ones. All processes call it."""
+    final, partial = folder / f"{PREFIX}{batches:06d}", folder / f"partial-{batches}"
+
+    def prepare() -> bool:
+        if final.exists():
+            return False
+        folder.mkdir(exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        return True
+
+    def finish() -> None:
+        rename_folder(partial, final)
+        for older in _checkpoints(folder)[:-1]:
+            shutil.rmtree(older)
+
+    if from_first(prepare):
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=_options(policy))
+        state = {"policy": model_state, "optimizer": optimizer_state}
+        dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        from_first(finish)
 
 
 def restore_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> int:
     """Loads the newest checkpoint into policy and optimizer; returns how many batches it has seen, or 0."""
-    for leftover in folder.glob("partial-*"):
-        shutil.rmtree(leftover)
-    found = _checkpoints(folder)
-    if not found:
+
+    def newest() -> Path | None:
+        for leftover in folder.glob("partial-*"):
+            shutil.rmtree(leftover)
+        return next(reversed(_checkpoints(folder)), None)
+
+    found = from_first(newest)
+    if found is None:
         return 0
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    options = _options(policy)
+    model_state, optimizer_state = get_state_dict(policy, optimizer, options=options)
     # Loads into these dictionaries in place.
-    dcp.load({"policy": model_state, "optimizer": optimizer_state}, checkpoint_id=found[-1], no_dist=True)
-    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    return int(found[-1].name.removeprefix(PREFIX))
+    state = {"policy": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=found, no_dist=not dist.is_initialized())
+    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=options)
+    return int(found.name.removeprefix(PREFIX))
+
+
+def _options(policy: Policy) -> StateDictOptions:
+    """What is frozen is loaded from where it came from, and is not in a checkpoint."""
+    frozen = any(not parameter.requires_grad for parameter in policy.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def rename_folder(partial: Path, final: Path) -> None:

@@ -22,11 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from . import distributed
-from .batch import Rollout
+from .batch import Responses, Rollout
 from .config import Config, InputError
 from .data import Prompt, check_dataset, load_prompts
+from .distributed import share_rows
 from .metrics import Record, write_text
-from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer, max_positions
+from .models import Policy, check_folder, load_reference, load_tokenizer, max_positions
 from .reward import load_reward, reward_from_function
 from .rollout import EVAL_STREAM, Generator, with_logprobs
 
@@ -71,7 +72,7 @@ def respond_to_heldout(
     device = distributed.start(config.threads).device
     tokenizer = load_tokenizer("policy", policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts).heldout[:count]
-    model = load_policy(policy, config.temperature, device)
+    model = load_reference(policy, config.temperature, device)
     check_lengths(prompts, model, config.response_length)
     generator = Generator(model, tokenizer, _never, config.response_length, 0.0, config.seed)
     responses: list[str] = []
@@ -132,34 +133,37 @@ def collect(
     itself); kl, kl_k3 and, where asked for, kl_exact: three estimates of KL(π(y|x)‖π_b(y|x)) in nats that are unbiased
     for responses drawn from π (see `sequence_kl` and `exact_kl`).
     """
-    figures: dict[str, list[float]] = {}
-    texts: list[list[str]] = []
-    tokens: list[list[list[int]]] = []
 
-    def add(name: str, values: Tensor) -> None:
-        figures.setdefault(name, []).extend(values.double().tolist())
+    def answer(sample: int, rows: Sequence[int]) -> list[tuple[dict[str, float], str, list[int]]]:
+        part = [prompts[row] for row in rows]
+        rollout = generator.respond(part, rows, EVAL_STREAM + sample, greedy=greedy)
+        scores, responses = generator.score(part, rollout)
+        columns = {"score": scores}
+        if reference is not None:
+            rollout = with_logprobs(rollout, generator.policy, reference, max_tokens)
+            columns["kl"], columns["kl_k3"] = sequence_kl(rollout.log_ratio)
+            if exact:
+                columns["kl_exact"] = exact_kl(rollout, generator.policy, reference, max_tokens)
+        columns |= {"response_length": rollout.response_lengths, "eos_rate": rollout.ended}
+        lists = [column.double().tolist() for column in columns.values()]
+        figures = [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+        lengths = rollout.response_lengths - rollout.ended.long()
+        tokens = [row[:n] for row, n in zip(rollout.response_tokens.tolist(), lengths.tolist(), strict=True)]
+        return list(zip(figures, responses, tokens, strict=True))
 
+    answered = []
     for sample in range(samples):
-        texts.append([])
-        tokens.append([])
-        for part, rollout in answers(generator, prompts, batch_size, sample=sample, greedy=greedy):
-            scores, part_texts = generator.score(part, rollout)
-            add("score", scores)
-            if reference is not None:
-                rollout = with_logprobs(rollout, generator.policy, reference, max_tokens)
-                kl, kl_k3 = sequence_kl(rollout.log_ratio)
-                add("kl", kl)
-                add("kl_k3", kl_k3)
-                if exact:
-                    add("kl_exact", exact_kl(rollout, generator.policy, reference, max_tokens))
-            add("response_length", rollout.response_lengths)
-            add("eos_rate", rollout.ended)
-            texts[-1] += part_texts
-            lengths = rollout.response_lengths - rollout.ended.long()
-            rows = zip(rollout.response_tokens.tolist(), lengths.tolist(), strict=True)
-            tokens[-1] += [row[:length] for row, length in rows]
-    by_prompt = {name: np.array(values).reshape(samples, len(prompts)).T for name, values in figures.items()}
-    return Answers(by_prompt, texts, tokens)
+        for start in range(0, len(prompts), batch_size):
+            batch = range(start, min(start + batch_size, len(prompts)))
+            sizes = [len(prompts[row].tokens) for row in batch]
+            answered += share_rows(sizes, lambda mine: answer(sample, [batch[i] for i in mine]))  # noqa: B023
+    figures, texts, tokens = zip(*answered, strict=True)
+    shape = samples, len(prompts)
+    return Answers(
+        {name: np.array([row[name] for row in figures]).reshape(shape).T for name in figures[0]},
+        [list(texts[i : i + len(prompts)]) for i in range(0, len(texts), len(prompts))],
+        [list(tokens[i : i + len(prompts)]) for i in range(0, len(tokens), len(prompts))],
+    )
 
 
 def evaluate(
@@ -230,13 +234,14 @@ def exact_kl(rollout: Rollout, policy: Policy, reference: Policy, max_tokens: in
     return result
 
 
-def _states(batch: Rollout, hidden: Tensor, head: nn.Linear, *_: object) -> tuple[Tensor, nn.Linear]:
+def _states(_: Responses, hidden: Tensor, head: nn.Linear, *__: object) -> tuple[Tensor, nn.Linear]:
     """What `exact_kl` needs of a policy's forward: the trunk's output (N, D) at the response's tokens, and the head."""
-    return hidden[batch.mask], head
+    return hidden, head
 
 
 def _logprobs(policy: Policy, head: nn.Linear, hidden: Tensor) -> Tensor:  # (n, D) -> (n, V)
-    logits = head(hidden.float())
+    # In fp32 where the head is in bf16: rounded logits would not sum to a distribution of these states' log-probs.
+    logits = nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
     if policy.softcap is not None:
         logits = policy.softcap * torch.tanh(logits / policy.softcap)
     return (logits / policy.temperature).log_softmax(-1)
@@ -379,7 +384,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         run_command(tyro.cli(Options, args=args, prog="python -m klq_fast.evaluate"))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.first_to_say():
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -396,8 +402,15 @@ def run_command(options: Options) -> None:
     device = distributed.start(config.threads).device
     tokenizer = load_tokenizer("policy", policy_name)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts).heldout
-    reward = load_reward(config.reward, config.reward_model, device, config.microbatch_tokens)
-    policy = load_policy(policy_name, config.temperature, device)
+    reward = load_reward(
+        config.reward,
+        config.reward_model,
+        device,
+        config.microbatch_tokens,
+        eos=config.reward_eos,
+        shift=config.reward_shift,
+    )
+    policy = load_reference(policy_name, config.temperature, device)
     reference = load_reference(reference_name, config.temperature, device) if reference_name else None
     check_lengths(prompts, policy, config.response_length)
     if reference is not None and (vocab := _vocab(policy)) != _vocab(reference):
@@ -425,6 +438,8 @@ def run_command(options: Options) -> None:
         "sampled": summarise(sampled, config.tau, options.confidence),
         "greedy": summarise(greedy, config.tau, options.confidence),
     }
+    if not distributed.is_first():
+        return
     show(result)
     if output:
         write_text(output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
@@ -452,6 +467,7 @@ def resolve(options: Options) -> tuple[str, str | None, Config]:
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.reward or options.reward_model:  # the run's makes way
         given |= {"reward": options.reward, "reward_model": options.reward_model}
+        given |= {"reward_eos": True, "reward_shift": 0.0}
     config = dataclasses.replace(config, **given)
     if not config.dataset:
         raise InputError("--dataset: got none, expected the prompts to answer")

@@ -277,7 +277,8 @@ def local_judge(model_name: str, criteria: str, *, batch_size: int) -> Judge:
             loaded = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
         except (OSError, ValueError) as error:
             raise InputError(f"--local-model: no model could be loaded from {model_name!r}: {error}") from None
-        return loaded.to(distributed.start(None).device).eval()
+        placed: Any = loaded  # whose `to` is wrapped in a way that mypy misreads
+        return placed.to(distributed.start(None).device).eval()
 
     def encode(comparisons: Sequence[Comparison]) -> list[list[int]]:
         chats = [[{"role": "user", "content": comparison.message(criteria)}] for comparison in comparisons]
@@ -342,7 +343,13 @@ def reward_judge(reward: str | None, reward_model: str | None, config: Config) -
         check_folder("reward-model", reward_model)
 
     def ask(comparisons: Sequence[Comparison], record: RecordAnswer) -> Refusals:
-        score = load_reward(reward, reward_model, distributed.start(config.threads).device, config.microbatch_tokens)
+        score = load_reward(
+            reward,
+            reward_model,
+            distributed.start(config.threads).device,
+            config.microbatch_tokens,
+            eos=config.reward_eos,
+        )
         # Each text once: two equal responses get the same score to the last digit, and are a tie.
         rows = {(c.number, *response): c.prompt for c in comparisons for response in c.shown}
         _, texts, ended = zip(*rows, strict=True)

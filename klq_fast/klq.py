@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .batch import Rollout
+from .batch import Responses, Rollout
 from .kernels.klq_loss.op import KLQLossOutput, linear_klq_loss
 from .kernels.lambda_returns.op import lambda_returns
 
@@ -45,22 +45,21 @@ class KLQ:
 
     def loss(
         self,
-        batch: Rollout,
-        hidden: Tensor,  # (B, T, D) the states s_t
+        batch: Responses,
+        hidden: Tensor,  # (N, D) the states s_t
         head: nn.Linear,
-        values: Tensor,  # (B, T)
-        num_tokens: Tensor,  # () response tokens of the whole minibatch, over all devices
+        values: Tensor,  # (N,)
+        num_tokens: float | Tensor,  # response tokens of the whole minibatch, over all devices
         softcap: float | None,
     ) -> KLQLossOutput:
         """This microbatch's share of the minibatch's loss."""
         return linear_klq_loss(
             hidden,
             head.weight,
-            batch.response_tokens,
+            batch.tokens,
             batch.ref_logprobs,
             values,
             batch.returns,
-            batch.mask,
             tau=self.tau,
             policy_weight=self.policy_weight,
             value_weight=self.value_weight,

@@ -1,10 +1,13 @@
-"""What a run reports: JSON lines in its folder, and a progress bar or plain lines on the console."""
+"""What a run reports: JSON lines in its folder, a progress bar or plain lines on the console, and to a tracker."""
 
+import importlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from .config import InputError
 
 Record = dict[str, Any]
 
@@ -49,11 +54,13 @@ def keep_lines(path: Path, keep: Callable[[Record], bool]) -> None:
 
 
 class Reporter:
-    """A progress bar on a terminal; elsewhere a plain line for each batch."""
+    """A progress bar on a terminal; elsewhere a plain line for each batch; nothing where it is quiet."""
 
-    def __init__(self, total: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.total = total
+        self.tracked: Track | None = None
+        self.closing = ExitStack()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,7 +68,7 @@ class Reporter:
             TextColumn("batches, left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=total)
 
@@ -71,6 +78,11 @@ class Reporter:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
+        self.closing.close()
+
+    def track(self, name: str, run: Path, settings: Mapping[str, Any], done: int) -> None:
+        """From now on the records of batches and evaluations go to this tracker too."""
+        self.tracked = self.closing.enter_context(tracker(name, run, settings, done))
 
     def start_at(self, done: int) -> None:
         """From now on time is counted, for the batches after the first `done`."""
@@ -81,6 +93,8 @@ class Reporter:
         self.console.print(text, markup=False)
 
     def batch(self, record: Record) -> None:
+        if self.tracked:
+            self.tracked("train", record)
         if self.console.is_terminal:
             description = f"score {record['score']:+.2f}  KL {record['kl']:.2f}"
             self.progress.update(self.task, completed=record["batch"], description=description)
@@ -94,6 +108,8 @@ class Reporter:
         )
 
     def evaluation(self, record: Record) -> None:
+        if self.tracked:
+            self.tracked("eval", record)
         self.say(
             f"held out, after {record['episodes']} episodes: score {record['score']:+.3f}  rlhf_reward "
             f"{record['rlhf_reward']:+.3f}  kl {record['kl']:.3f}  length {record['response_length']:.1f}  "
@@ -109,3 +125,122 @@ class Reporter:
             prompt, first, last = (Text(text) for text in texts)  # Text: brackets in it are no markup
             table.add_row(prompt, first, before, last, after)
         self.console.print(table)
+
+
+# Trackers. metrics.jsonl and eval.jsonl stay the record of a run; a tracker shows the same figures elsewhere.
+
+Track = Callable[[str, Mapping[str, Any]], None]  # ("train" or "eval", a record with its batch)
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # the package and the extra
+PROJECT = "klq_fast"
+
+
+def check_tracker(name: str) -> None:
+    """Refuses, before any work, a tracker that is not installed."""
+    if name != "none":
+        try:
+            importlib.import_module(TRACKERS[name])
+        except ImportError as error:
+            raise InputError(
+                f'--tracker {name}: needs {TRACKERS[name]} ({error}): pip install "klq_fast[{name}]"'
+            ) from None
+
+
+@contextmanager
+def tracker(name: str, run: Path, settings: Mapping[str, Any], done: int) -> Iterator[Track | None]:
+    """A function that sends a record's numbers to the tracker `name`, under train/ and eval/, at the record's batch.
+
+    Resumed after batch `done`, a run goes on where it was: the same TensorBoard folder, of which what came after that
+    batch is dropped, or the same W&B or trackio run, whose id is kept in the run's folder; they keep what was said of
+    batches that are done again. Their own settings (WANDB_MODE=offline, WANDB_PROJECT, TRACKIO_DIR, …) hold.
+    """
+    check_tracker(name)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else None) as writer:
+
+            def send(kind: str, record: Mapping[str, Any]) -> None:
+                for key, value in _numbers(kind, record).items():
+                    writer.add_scalar(key, value, record["batch"])
+                writer.flush()  # so that what a killed run has shown is on disk, as its metrics.jsonl is
+
+            yield send
+    elif name == "wandb":
+        import wandb
+
+        tracked = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.name,
+            id=_tracker_id(run, resumed=done > 0),
+            resume="allow",
+            dir=str(run),
+            config=plain,
+        )
+        # Its own step only grows, and so would drop what a resumed run says again, and an evaluation after its batch.
+        tracked.define_metric("batch")
+        tracked.define_metric("*", step_metric="batch")
+        yield lambda kind, record: tracked.log({"batch": record["batch"], **_numbers(kind, record)})
+        tracked.finish()
+    elif name == "trackio":
+        import trackio
+
+        tracked = trackio.init(
+            project=PROJECT, name=_tracker_id(run, resumed=done > 0), resume="allow", config=plain, embed=False
+        )
+        yield lambda kind, record: tracked.log(_numbers(kind, record), step=record["batch"])
+        tracked.finish()
+    else:
+        yield None
+
+
+def _numbers(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float) and key != "batch"
+    }
+
+
+def _tracker_id(run: Path, resumed: bool) -> str:
+    """The run's name and eight random characters: folders of one name, on two machines say, are two runs."""
+    path = run / "tracker_id.txt"
+    if not resumed or not path.is_file():
+        write_text(path, f"{run.name}-{uuid.uuid4().hex[:8]}")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def needed_flops(
+    policy: Any,  # models.Policy
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    epochs: int,
+) -> float:
+    """Floating-point operations that a batch needs of policy and reference, whatever a run does beyond: for MFU.
+
+    With M weights in the blocks' matrices, S tokens and N response tokens, a forward pass is 2·M·S + 2·N·V·D and
+    Σ 2·L²·D·layers of causal attention, L a row's tokens; a backward pass is twice that. A batch is a rollout, a
+    forward pass of policy and reference each, and a forward and backward pass an epoch. A reward model's are left out.
+    """
+    model = policy.model
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    matrices = {id(p): p.numel() for p in model.base_model.parameters() if p.dim() == 2 and p is not embedding}
+    matrices.pop(id(head), None)
+    config = model.config.get_text_config()
+    lengths = [p + r for p, r in zip(prompt_lengths, response_lengths, strict=True)]
+    attention = 2 * sum(length**2 for length in lengths) * config.hidden_size * config.num_hidden_layers
+    forward = 2 * sum(matrices.values()) * sum(lengths) + attention + 2 * sum(response_lengths) * head.numel()
+    return float(forward * (3 + 3 * epochs))
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """The most memory of this process so far: of the GPU's allocator, or on CPU what was resident."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there starts with the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,12 +22,16 @@ from transformers.utils import logging as transformers_logging
 from . import linear_logprobs
 from .batch import Rollout
 from .config import InputError, looks_like_path
+from .distributed import is_first, whole
+from .hub import hub_answers, not_here, only_here
+from .options import merged
+from .packing import enable_packing
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 
 VALUE_HEAD = "value_head.safetensors"
 
-# What an algorithm does with a microbatch: (batch, hidden, head, values, num_tokens, softcap) -> loss output.
+# What an algorithm does with a microbatch: (responses, hidden, head, values, num_tokens, softcap) -> loss output.
 LossFunction = Callable[..., Any]
 
 
@@ -37,6 +42,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.packed = enable_packing(model)  # whether a microbatch goes through the trunk without padding
         # `generate` takes over what a saved generation config says (top-k, penalties, …), which would make samples
         # come from another distribution than the log-probs: set it aside until the model is saved.
         self.generation_config = model.generation_config
@@ -54,81 +60,110 @@ class Policy(nn.Module):
         So V is right on average from the first target on. The errors of a random head are advantages until they are
         learned away: it leaves the arithmetic task's policies twice as far from their optimum (docs/findings.md).
         """
-        if not self.value_head.weight.any() and not self.value_head.bias.any():
-            self.value_head.bias.fill_(rewards.mean())
+        weight, bias = whole(self.value_head.weight), whole(self.value_head.bias)
+        if not weight.any() and not bias.any():
+            self.value_head.bias.fill_(float(rewards.mean()))
 
-    def forward(self, batch: Rollout, loss: LossFunction | None = None, num_tokens: Tensor | None = None) -> Any:
-        """The responses' (log-probs, values), both (B, T) and 0 in the padding; or `loss`'s output on this microbatch.
+    def forward(
+        self, batch: Rollout, loss: LossFunction | None = None, num_tokens: float | Tensor | None = None
+    ) -> Any:
+        """(log-probs, values) of the response tokens, both (N,), row after row; or `loss`'s output on this microbatch.
 
         The loss is computed in here because under FSDP the head's weight is whole only inside this module's forward.
         """
-        hidden = self._hidden(batch)  # (B, T, D)
-        values = self.value_head(hidden.float()).squeeze(-1)  # (B, T)
+        responses, hidden = batch.responses(), self._hidden(batch)  # N tokens; (N, D)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)  # (N,) fp32
         head = self.model.get_output_embeddings()
         if loss is not None:
-            return loss(batch, hidden, head, values, num_tokens, self.softcap)
-        mask = batch.mask
+            return loss(responses, hidden, head, values, num_tokens, self.softcap)
         logprobs = linear_logprobs(
-            hidden[mask],
+            hidden,
             head.weight,
-            batch.response_tokens[mask],
+            responses.tokens,
             bias=head.bias,
             temperature=self.temperature,
             softcap=self.softcap,
         )
-        return torch.zeros_like(values).masked_scatter(mask, logprobs), values * mask
+        return logprobs, values
 
     def _hidden(self, batch: Rollout) -> Tensor:
-        """The trunk's output at the states s_t: the column before each response token."""
-        output = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
-        return output[:, batch.prompt_tokens.shape[1] - 1 : -1]
+        """The trunk's output at the states s_t: before each response token."""
+        inputs, states = batch.packed_inputs() if self.packed else (batch.model_inputs(), batch.states())
+        output = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return output.flatten(0, 1).index_select(0, states)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes what `AutoModelForCausalLM.from_pretrained` reads, the tokenizer, and the value head beside them."""
-        self.model.generation_config = self.generation_config
-        self.model.save_pretrained(folder)
-        self.model.generation_config = GenerationConfig()
+        """Writes what `AutoModelForCausalLM.from_pretrained` reads, the tokenizer, and the value head beside them.
+
+        Of a sharded policy every process must call it: the first one gets all weights, in CPU memory, and writes.
+        """
+        whole_on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self, options=whole_on_cpu)
+        if not is_first():
+            return
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "value_head": {}}
+        for name, tensor in state.items():
+            part, _, inner = name.partition(".")
+            parts[part][inner] = tensor.contiguous()
+        model = self.model
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            # One tensor under two names, which gathering has made two: the file of a tied model holds the input's.
+            tied = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+            parts["model"].pop(f"{tied}.weight", None)
+        model.generation_config = self.generation_config
+        model.save_pretrained(folder, state_dict=merged(model, parts["model"]))
+        model.generation_config = GenerationConfig()
         tokenizer.save_pretrained(folder)
-        save_file({name: t.contiguous() for name, t in self.value_head.state_dict().items()}, folder / VALUE_HEAD)
-
-
-def placed(model: Any, device: torch.device) -> Any:
-    """The model on its device, without dropout, in training either.
-
-    On CUDA its trunk computes in bf16 from fp32 weights, wherever it is called from. Its head stays in fp32: bf16
-    logits would sample from another distribution than the one whose log-probs are trained (0.1 nats off at worst).
-    """
-    if device.type == "cuda":
-        trunk = model.base_model
-        trunk.forward = torch.autocast("cuda", dtype=torch.bfloat16)(trunk.forward)
-    return model.to(device).eval()
+        save_file(parts["value_head"], folder / VALUE_HEAD)
 
 
 def load_policy(name: str, temperature: float, device: torch.device) -> Policy:
-    """The policy in fp32 with a value head of zeros, or the one saved beside the model."""
-    policy = Policy(placed(_load(AutoModelForCausalLM, "policy", name), device), temperature)
+    """The policy in fp32, without dropout, with a value head of zeros, or the one saved beside the model."""
+    policy = Policy(_load(AutoModelForCausalLM, "policy", name), temperature)
     if (saved := Path(name) / VALUE_HEAD).is_file():
         policy.value_head.load_state_dict(load_file(saved))
-    policy.to(device).eval()
+    policy.eval()
     _check_head(policy)
-    return policy
+    return policy.to(device)
 
 
 def load_reference(name: str, temperature: float, device: torch.device) -> Policy:
-    """The same model again, frozen; loaded in the same precision, so that at the start the log-ratio is exactly 0."""
-    model = placed(_load(AutoModelForCausalLM, "policy", name), device)
-    return Policy(model, temperature).to(device).eval().requires_grad_(False)
+    """The same model again, frozen, to be measured from or generated with."""
+    return frozen(load_policy(name, temperature, device))
+
+
+def frozen(policy: Policy) -> Policy:
+    """Without gradients; on CUDA with its parameters, the value head's excepted, in bf16, in which a sharded policy
+    computes too. Buffers, such as rotary frequencies, stay in fp32."""
+    policy.requires_grad_(False)
+    if policy.value_head.weight.is_cuda:
+        _halve(policy.model)
+    return policy
 
 
 def load_reward_model(name: str, device: torch.device) -> PreTrainedModel:
-    model = _load(AutoModelForSequenceClassification, "reward-model", name)
-    return placed(model, device).requires_grad_(False)
+    """The classifier, frozen, with the head that its checkpoint holds, whatever its config or architecture says of it.
+
+    On CUDA its trunk is in bf16, and what reads the trunk's output in fp32: in bf16 a score of 5 is off by up to 0.01.
+    """
+    model = _load_classifier(name).eval().requires_grad_(False).to(device)
+    if device.type == "cuda":
+        _halve(model.base_model)
+        for child in model.children():
+            if child is not model.base_model:
+                child.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))
+    return model
+
+
+def _halve(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16()
 
 
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
     check_folder(option, name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=only_here(name))
     except (OSError, ValueError) as error:
         raise _not_loaded(option, name, "tokenizer", error) from None
 
@@ -154,16 +189,67 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def _load(auto: Any, option: str, name: str) -> Any:
+    model, report = _load_with_report(auto, option, name)
+    _check_report(model, report, option, name)
+    return model
+
+
+def _load_classifier(name: str) -> Any:
+    option = "reward-model"
+    model, report = _load_with_report(AutoModelForSequenceClassification, option, name)
+    heads = {key: held for key, held, _ in report["mismatched_keys"] if key.endswith("score.weight")}
+    if heads:  # a config that does not say how many labels it has means two
+        (held,) = heads.values()
+        model, report = _load_with_report(AutoModelForSequenceClassification, option, name, num_labels=held[0])
+    if "score.bias" in report["unexpected_keys"]:
+        # Reward models are shifted through it (by 1 to 10), and then saved as an architecture that has none.
+        model, report = _load_with_report(_with_score_bias(type(model)), option, name, config=model.config)
+    _check_report(model, report, option, name)
+    return model
+
+
+def _with_score_bias(architecture: type) -> Any:
+    def init(self: Any, config: Any) -> None:
+        architecture.__init__(self, config)  # type: ignore[misc]
+        self.score = nn.Linear(self.score.in_features, self.score.out_features)
+
+    return type(architecture.__name__, (architecture,), {"__init__": init})
+
+
+def _load_with_report(auto: Any, option: str, name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model in fp32, and how the checkpoint's tensors differ from the model's."""
     check_folder(option, name)
+    here = only_here(name)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it prints that report, of which what matters is told by the caller
     try:
-        model, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            name,
+            dtype=torch.float32,
+            local_files_only=here,
+            adapter_kwargs={"local_files_only": here},  # with peft installed, an adapter is looked for by itself
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(option, name, "model", error) from None
-    if report["missing_keys"]:  # else drawn at random: a language model has no score head, say
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return model, report
+
+
+def _check_report(model: Any, report: dict[str, Any], option: str, name: str) -> None:
+    """Refuses a model of which something was drawn at random: a language model has no score head, say."""
+    if report["missing_keys"]:
         raise InputError(
             f"--{option}: {name!r} does not hold {sorted(report['missing_keys'])} of {type(model).__name__}"
         )
-    return model
+    if report["mismatched_keys"]:
+        key, held, expected = sorted(report["mismatched_keys"])[0]
+        raise InputError(
+            f"--{option}: {name!r} holds {key} of shape {tuple(held)}, and its config.json says {tuple(expected)}"
+        )
 
 
 def check_folder(option: str, name: str) -> None:
@@ -173,6 +259,8 @@ def check_folder(option: str, name: str) -> None:
 
 
 def _not_loaded(option: str, name: str, what: str, error: Exception) -> InputError:
+    if not Path(name).exists() and not hub_answers():
+        return not_here(option, name)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return InputError(
         f"--{option}: no {what} could be loaded from {name!r}: {reason} "

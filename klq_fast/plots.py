@@ -46,9 +46,10 @@ def draw(run: Path) -> None:
 
 # A sweep's methods: label, colour (Okabe and Ito's, which differ to all kinds of colour vision), marker, line.
 METHOD_STYLES = {
-    "klq": ("KLQ, policy weight 1/τ", "#0072B2", "o", "-"),
-    "klq-paper": ("KLQ, the paper's weights", "#56B4E9", "s", "--"),
-    "klq-value-0.1": ("KLQ, policy weight 1/τ, value weight 0.1", "#009E73", "^", "-."),
+    "klq": ("KLQ", "#0072B2", "o", "-"),
+    "klq-alpha-1": ("KLQ, α = 1", "#CC79A7", "v", ":"),
+    "klq-value-0.1": ("KLQ, value weight 0.1", "#009E73", "^", "-."),
+    "klq-paper": ("KLQ as in the paper: α = 1, both weights 1", "#56B4E9", "s", "--"),
     "ppo": ("PPO", "#D55E00", "D", "-"),
 }
 OPTIMUM = "black"

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .batch import Rollout
-from .distributed import all_sum
+from .batch import Responses, Rollout
 from .kernels.lambda_returns.op import gae
 from .kernels.linear_logprob.op import linear_logprobs
 from .kernels.ppo_loss.op import PPOLossOutput, ppo_loss
@@ -39,8 +38,7 @@ class PPO:
     def targets(self, rollout: Rollout) -> Rollout:
         """The batch with its advantages and the returns that the values are regressed on."""
         mask = rollout.mask
-        last = mask & (mask.cumsum(1) == rollout.response_lengths[:, None])
-        rewards = torch.where(last, rollout.rewards[:, None], 0.0) - self.tau * rollout.log_ratio
+        rewards = torch.where(rollout.last, rollout.rewards[:, None], 0.0) - self.tau * rollout.log_ratio
         advantages, returns = gae(rewards, rollout.values, mask, lam=self.lam, gamma=self.gamma)
         if self.whiten:
             advantages = whitened(advantages, mask)
@@ -48,31 +46,30 @@ class PPO:
 
     def loss(
         self,
-        batch: Rollout,
-        hidden: Tensor,  # (B, T, D) the states s_t
+        batch: Responses,
+        hidden: Tensor,  # (N, D) the states s_t
         head: nn.Linear,
-        values: Tensor,  # (B, T)
-        num_tokens: Tensor,  # () response tokens of the whole minibatch, over all devices
+        values: Tensor,  # (N,)
+        num_tokens: float | Tensor,  # response tokens of the whole minibatch, over all devices
         softcap: float | None,
     ) -> PPOLossOutput:
         """This microbatch's share of the minibatch's loss."""
         clip, forward, reverse = self.trust_region()
-        mask = batch.mask  # padding costs nothing in the head
         logprobs = linear_logprobs(
-            hidden[mask],
+            hidden,
             head.weight,
-            batch.response_tokens[mask],
+            batch.tokens,
             bias=head.bias,
             temperature=self.temperature,
             softcap=softcap,
         )
         return ppo_loss(
             logprobs,
-            batch.logprobs[mask],
-            values[mask],
-            batch.values[mask],
-            batch.advantages[mask],
-            batch.returns[mask],
+            batch.logprobs,
+            values,
+            batch.values,
+            batch.advantages,
+            batch.returns,
             clip=clip,
             value_clip=self.value_clip,
             value_coef=self.value_coef,
@@ -94,9 +91,9 @@ def whitened(
     advantages: Tensor,  # (B, T)
     mask: Tensor,  # (B, T) bool
 ) -> Tensor:  # (B, T), 0 where masked
-    """Shifted and scaled to mean 0 and variance 1 over all valid tokens of the batch, on all devices."""
-    count = all_sum(mask.sum())
-    mean = all_sum(torch.where(mask, advantages, 0.0).sum()) / count
+    """Shifted and scaled to mean 0 and variance 1 over all valid tokens of the batch, which every process holds."""
+    count = mask.sum()
+    mean = torch.where(mask, advantages, 0.0).sum() / count
     centred = torch.where(mask, advantages - mean, 0.0)
-    variance = all_sum(centred.square().sum()) / (count - 1).clamp_min(1)
+    variance = centred.square().sum() / (count - 1).clamp_min(1)
     return centred * torch.rsqrt(variance + 1e-8)

@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,19 +12,50 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import InputError
 from .data import Prompt
 from .models import load_reward_model, load_tokenizer, max_positions
+from .options import on_device
 
 # (prompts, responses, ended) -> a score each, float32 on the CPU
 Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], Tensor]
 
 
-def load_reward(reward: str | None, reward_model: str | None, device: torch.device, max_tokens: int) -> Reward:
+def load_reward(
+    reward: str | None,
+    reward_model: str | None,
+    device: torch.device,
+    max_tokens: int,
+    *,
+    eos: bool = True,
+    shift: float | Literal["reference"] = 0.0,
+    offload: bool = False,
+) -> Reward:
+    """`eos`, `shift`: Config's reward_eos and reward_shift, which says "reference" until the number is measured.
+    offload: a reward model waits in CPU memory until it is asked."""
+    if not reward and not reward_model:
+        raise InputError("--reward-model: got neither a reward model nor a reward function, expected one of them")
     if reward:
-        return reward_from_function(reward)
-    if reward_model:
-        return reward_from_model(
-            load_reward_model(reward_model, device), load_tokenizer("reward-model", reward_model), max_tokens
-        )
-    raise InputError("--reward-model: got neither a reward model nor a reward function, expected one of them")
+        score = reward_from_function(reward)
+    else:
+        assert reward_model
+        model, tokenizer = load_reward_model(reward_model, device), load_tokenizer("reward-model", reward_model)
+        score = reward_from_model(model, tokenizer, max_tokens, eos=eos)
+        if offload:
+            score = _offloaded(score, model, device)
+    return score if shift == "reference" else shifted(score, shift)
+
+
+def shifted(reward: Reward, shift: float) -> Reward:
+    """The reward with a number added to each score."""
+    return lambda prompts, responses, ended: reward(prompts, responses, ended) + shift
+
+
+def _offloaded(reward: Reward, model: PreTrainedModel, device: torch.device) -> Reward:
+    model.cpu()
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        with on_device(model, device):
+            return reward(prompts, responses, ended)
+
+    return score
 
 
 def reward_from_function(name: str) -> Reward:
@@ -67,11 +99,14 @@ def reward_from_function(name: str) -> Reward:
     return score
 
 
-def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Reward:
+def reward_from_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, eos: bool = True
+) -> Reward:
     """Scores prompt + response as the reward model's own tokenizer reads them.
 
-    A chat goes through the reward model's own template where it has one. Where the tokenizer has an end-of-sequence
-    token it is added to a response that ended. A text longer than the model's positions loses its beginning.
+    A chat goes through the reward model's own template where it has one. eos: where the tokenizer has an
+    end-of-sequence token it is added to a response that ended. A text longer than the model's positions loses its
+    beginning.
     """
     labels = model.config.num_labels or 1
     if labels > 2:
@@ -90,7 +125,7 @@ def reward_from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             return tokenizer(text, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
         text, end = prompt.text + response, tokenizer.eos_token_id
         tokens = tokenize(text, longest)
-        if ended and end is not None and tokens[-1:] != [end]:
+        if eos and ended and end is not None and tokens[-1:] != [end]:
             tokens = [*(tokens if len(tokens) < longest else tokenize(text, longest - 1)), end]
         return tokens
 

@@ -2,39 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .batch import Rollout
+from .batch import Rollout, to_device
 from .data import Prompt
+from .decode import Decoder, decode
 from .models import Policy, pad_token, stop_tokens
 from .reward import Reward
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1  # training and evaluation draw from different random streams
-
-
-class Sampler(LogitsProcessor):
-    """Chooses the next token by inverting the distribution's cumulative sum at a uniform number given beforehand.
-
-    This samples softmax(scores / temperature) exactly, needs one number a token, and gives a row the same response
-    in whatever batch, on whatever device or rank it is generated (beyond rounding).
-    """
-
-    def __init__(self, uniforms: Tensor, temperature: float) -> None:
-        self.uniforms = uniforms  # (B, T) float64 in [0, 1)
-        self.temperature = temperature
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, ·), (B, V) -> (B, V)
-        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
-        # Scaled by the sum, which rounding may leave a little off 1, a token of probability 0 is never reached.
-        target = self.uniforms[:, self.step, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp_max(scores.shape[-1] - 1)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def uniforms(seed: int, stream: int, episodes: Sequence[int], length: int) -> Tensor:
@@ -57,36 +38,24 @@ class Generator:
     missing_eos_penalty: float
     seed: int
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.policy)
+
     def respond(
         self, prompts: Sequence[Prompt], episodes: Sequence[int], stream: int, *, greedy: bool = False
     ) -> Rollout:
         """Samples a response to each prompt; `episodes` decide the random numbers. greedy: the likeliest tokens."""
         device = self.policy.value_head.weight.device
         stops, pad = stop_tokens(self.policy, self.tokenizer), pad_token(self.tokenizer)
-        lengths = torch.tensor([len(p.tokens) for p in prompts])
-        width = int(lengths.max())
-        prompt_tokens = torch.tensor([[pad] * (width - len(p.tokens)) + p.tokens for p in prompts], device=device)
-        lengths = lengths.to(device)
-        attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        sampler = Sampler(
-            uniforms(self.seed, stream, episodes, self.response_length).to(device), self.policy.temperature
-        )
-        with torch.no_grad():
-            sequences = self.policy.model.generate(  # type: ignore[operator]
-                input_ids=prompt_tokens,
-                attention_mask=attention_mask,
-                # Greedy over what the sampler leaves, which is one token; or over all.
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.response_length, do_sample=False, eos_token_id=stops, pad_token_id=pad
-                ),
-                logits_processor=LogitsProcessorList([] if greedy else [sampler]),
-            )
-        response_tokens = sequences[:, width:]
-        is_stop = torch.isin(response_tokens, torch.tensor(stops, device=device))
-        ended = is_stop.any(1)
-        first_stop = is_stop.long().argmax(1)
-        response_lengths = torch.where(ended, first_stop + 1, response_tokens.shape[1])
-        return Rollout(prompt_tokens, lengths, response_tokens, response_lengths, ended)
+        lengths = np.array([len(prompt.tokens) for prompt in prompts])
+        padded = np.full((len(prompts), lengths.max()), pad)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[len(row) - len(prompt.tokens) :] = prompt.tokens
+        prompt_tokens, prompt_lengths = to_device(padded, device), torch.from_numpy(lengths)
+        numbers = None if greedy else uniforms(self.seed, stream, episodes, self.response_length).to(device)
+        response = decode(self.decoder, prompt_tokens, prompt_lengths, self.response_length, stops, pad, numbers)
+        return Rollout(prompt_tokens, prompt_lengths, *response)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as text, without special tokens."""
@@ -106,21 +75,21 @@ class Generator:
         """The reward's scores (B,), and the responses' texts."""
         texts = self.texts(rollout)
         scores = self.reward(prompts, texts, rollout.ended.tolist())
-        return scores.to(rollout.prompt_tokens.device), texts
+        return scores.to(rollout.device), texts
 
     def rewarded(self, rollout: Rollout, scores: Tensor) -> Rollout:
         """With the rewards of Algorithm 2: the score, less ω where the response did not end."""
-        return replace(rollout, rewards=scores - self.missing_eos_penalty * (~rollout.ended))
+        return replace(rollout, rewards=scores - self.missing_eos_penalty * (~rollout.ended).to(scores.device))
 
 
 @torch.no_grad()
 def with_logprobs(rollout: Rollout, policy: Policy, reference: Policy, max_tokens: int) -> Rollout:
     """With old and reference log-probs and old values, one forward each, in microbatches of at most `max_tokens`."""
     shape = rollout.response_tokens.shape
-    logprobs, ref_logprobs, values = (torch.zeros(shape, device=rollout.prompt_tokens.device) for _ in range(3))
-    for rows in rollout.microbatches(max_tokens):
-        batch = rollout.rows(rows)
-        columns = slice(batch.response_tokens.shape[1])
-        logprobs[rows, columns], values[rows, columns] = policy(batch)
-        ref_logprobs[rows, columns], _ = reference(batch)
+    logprobs, ref_logprobs, values = (torch.zeros(shape, device=rollout.device) for _ in range(3))
+    for rows in rollout.microbatches(max_tokens, packed=policy.packed and reference.packed):
+        batch, slots = rollout.rows(rows), rollout.response_slots(rows)
+        for model, names in ((policy, (logprobs, values)), (reference, (ref_logprobs,))):
+            for whole, found in zip(names, model(batch), strict=False):
+                whole.view(-1).index_copy_(0, slots, found.to(whole.dtype))
     return replace(rollout, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)

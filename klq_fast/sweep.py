@@ -38,8 +38,8 @@ ABLATIONS = ("learning-rate", "weights", "lam", "constant")
 TAUS = (0.01, 0.02, 0.05, 0.1, 0.2)  # Figs. 2, 3 and 5
 LAMS = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)  # Fig. 7
 RATE_FACTORS = (0.1, 1 / 3, 1.0, 10 / 3, 10.0)  # of the preset's learning rate, Fig. 6
-METHODS = ("klq", "klq-paper", "klq-value-0.1", "ppo")
-COMPARED = ("klq", "klq-paper", "ppo")  # where not the gradient weights are the question
+METHODS = ("klq", "klq-alpha-1", "klq-value-0.1", "klq-paper", "ppo")
+COMPARED = ("klq", "klq-paper", "ppo")  # where not KLQ's own settings are the question
 
 # Of one thread of a server's CPU, to estimate with before the first run is done: a run's start and end, an episode.
 SECONDS = {"demo": (12.0, 0.014), "arithmetic": (9.0, 0.0012)}
@@ -92,6 +92,7 @@ class Run:
     tau: float
     lam: float
     learning_rate: float
+    alpha: float
     seed: int
     constant: bool = False
 
@@ -108,6 +109,7 @@ class Run:
             # Over τ, 1/τ makes the policy's share of the gradient independent of τ, as PPO's whitening does.
             values["policy_weight"] = 1.0 if self.method == "klq-paper" else 1 / self.tau
             values["value_weight"] = 0.1 if self.method == "klq-value-0.1" else 1.0
+            values["alpha"] = self.alpha
         values |= {"tau": self.tau, "lam": self.lam, "learning_rate": self.learning_rate, "seed": self.seed}
         if self.constant:
             values |= {"reward": "klq_fast.sweep:constant", "missing_eos_penalty": 0.0}
@@ -143,8 +145,10 @@ def constant(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 def sweep(config: SweepConfig, options: Sequence[str]) -> None:
-    base = base_settings(config.preset, options)
     output = config.output_dir or Path("sweeps") / config.preset
+    if config.draw_only and not options and (output / "base.yaml").exists():
+        options = ["--config", str(output / "base.yaml")]  # what is to be drawn says what it was run with
+    base = base_settings(config.preset, options)
     figures = [figure for figure in FIGURES if figure in config.figures or "all" in config.figures]
     # The best learning rates are known after the first stage, and the others' runs are made with them.
     stages = [[f for f in figures if (f == "learning-rate") == first] for first in (True, False)]
@@ -247,11 +251,14 @@ def figure_cells(figure: Figure, config: SweepConfig, base: Config, rates: Mappi
 
     def cell(method: str, x: float | None = None, **values: Any) -> Cell:
         values = {"tau": base.tau, "lam": base.lam, "learning_rate": rates.get(method, base.learning_rate), **values}
+        # The preset's β of Eq. 18 at every τ, so that one batch moves log-probs towards Δ/(τ + β) more, not Δ/τ.
+        beta = base.tau * (1 - base.alpha) / base.alpha
+        values["alpha"] = values["tau"] / (values["tau"] + beta) if method in ("klq", "klq-value-0.1") else 1.0
         return Cell(method, x, [Run(method, seed=seed, **values) for seed in seeds])
 
     match figure:
         case "learning-rate":
-            grid = [float(f"{factor * base.learning_rate:.2g}") for factor in RATE_FACTORS]
+            grid = [float(f"{factor * base.learning_rate:.1g}") for factor in RATE_FACTORS]
             grid[RATE_FACTORS.index(1.0)] = base.learning_rate
             return [cell(method, rate, learning_rate=rate) for method in METHODS for rate in grid]
         case "frontier" | "judge":
@@ -259,7 +266,7 @@ def figure_cells(figure: Figure, config: SweepConfig, base: Config, rates: Mappi
         case "weights":
             return [cell(method, tau, tau=tau) for method in METHODS for tau in TAUS]
         case "lam":
-            return [cell(method, lam, lam=lam) for method in COMPARED for lam in LAMS]
+            return [cell(method, lam, lam=lam) for method in ("klq", "ppo") for lam in LAMS]
         case "constant":
             return [cell(method, constant=True) for method in METHODS]
         case "curves" | "budget":

@@ -1,198 +1,225 @@
-"""The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom."""
+"""The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom.
 
-import math
+It runs in one process or, by `torchrun --nproc-per-node K -m klq_fast.train …`, in K that do the same steps: what is
+shared among them goes through distributed.py, and what a run writes through run.py's Journal.
+"""
+
+import dataclasses
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import nullcontext
+from functools import partial
+from typing import cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import distributed, plots
+from . import distributed, memory, options
 from .batch import Rollout
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .config import Config, InputError
-from .data import check_dataset, load_prompts
+from .data import Prompt, check_dataset, load_prompts
+from .distributed import share_rollout, share_rows
 from .evaluate import check_lengths, evaluate
 from .klq import KLQ
-from .metrics import Record, Reporter, append_line, keep_lines, read_lines, write_text
+from .metrics import Record, Reporter, check_tracker, peak_memory_bytes
 from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer
 from .ppo import PPO
-from .presets import EMBEDDED, exact_evaluation, parse_command_line, with_demo_models
-from .reward import load_reward, reward_from_function
+from .presets import EMBEDDED, exact_evaluation, parse_command_line, what_it_reads, with_demo_models
+from .reward import load_reward, reward_from_function, shifted
 from .rollout import TRAIN_STREAM, Generator, with_logprobs
-from .run import StopRequest, export, locked, open_run, resume_command, write_samples
-
-
-class Algorithm(Protocol):
-    """What the loop asks of an algorithm; klq.py and ppo.py provide it."""
-
-    def targets(self, rollout: Rollout) -> Rollout: ...
-
-    def loss(
-        self, batch: Rollout, hidden: Tensor, head: nn.Linear, values: Tensor, num_tokens: Tensor, softcap: float | None
-    ) -> "LossOutput": ...
-
-
-class LossOutput(Protocol):
-    @property
-    def loss(self) -> Tensor: ...
-
-    @property
-    def metrics(self) -> dict[str, Tensor]: ...
-
+from .run import Clock, Journal, StopRequest, export, locked, open_run, resume_command
+from .update import Algorithm, Limits, NotFinite, update
+from .watch import diversity
 
 ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {"klq": KLQ.from_config, "ppo": PPO.from_config}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     try:
-        train(parse_command_line(sys.argv[1:] if args is None else args))
+        distributed.start(None)
+        train(distributed.from_first(lambda: parse_command_line(sys.argv[1:] if args is None else args)))
+        distributed.stop()
     except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]} A smaller --microbatch-tokens takes less memory, for the same loss")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
+def fail(message: str) -> None:
+    if distributed.first_to_say():
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
 def train(config: Config) -> None:
     check_names(config)
-    run = open_run(config)
+    run = distributed.from_first(lambda: open_run(config))
     if config.dry_run:
-        return describe(config)
-    state = distributed.start(config.threads)
-    config = with_demo_models(config)
+        return distributed.from_first(lambda: describe(config))
+    options.check(config)
+    check_tracker(config.tracker)
+    device = distributed.start(config.threads).device
+    config = distributed.from_first(lambda: with_demo_models(config))
     assert config.policy and config.dataset
 
     tokenizer = load_tokenizer("policy", config.policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
-    reward = load_reward(config.reward, config.reward_model, state.device, config.microbatch_tokens)
-    policy = load_policy(config.policy, config.temperature, state.device)
-    reference = load_reference(config.policy, config.temperature, state.device)
-    check_lengths([*prompts.train, *prompts.heldout], policy, config.response_length)
-    generator = Generator(policy, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
+    reward = load_reward(
+        config.reward,
+        config.reward_model,
+        device,
+        config.microbatch_tokens,
+        eos=config.reward_eos,
+        shift=config.reward_shift,
+        offload=config.offload,
+    )
+    policy = options.prepared(load_policy(config.policy, config.temperature, device), config)
+    policy, actor = distributed.sharded(policy)  # what is trained, and what answers; one and the same on a CPU
+    if config.activation_checkpointing:
+        options.checkpoint_activations(policy.model)
+    if config.lora_rank:
+        reference = cast(Policy, options.WithoutAdapters(actor))
+    else:
+        reference = load_reference(config.policy, config.temperature, device)
+    waits = config.offload and not config.lora_rank
+    fetched = partial(options.on_device, reference.to("cpu"), device) if waits else nullcontext
+    check_lengths([*prompts.train, *prompts.heldout], actor, config.response_length)
+    generator = Generator(actor, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
     algorithm = ALGORITHMS[config.algorithm](config)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
-    exact = exact_evaluation(config, generator, reference, prompts.heldout)
+    optimizer = options.adam(policy, config)
+    with fetched():
+        exact = exact_evaluation(config, generator, reference, prompts.heldout)
 
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run), Reporter(config.num_batches) as reporter, StopRequest(reporter.say) as stop:
-        write_text(run / "config.yaml", config.to_yaml())
+    with (
+        locked(run),
+        Reporter(config.num_batches, quiet=not distributed.is_first()) as reporter,
+        StopRequest(reporter.say) as stop,
+        distributed.watched(f"go on with: {resume_command(config)}"),
+    ):
+        measured = partial(
+            evaluate,
+            reference=reference,
+            prompts=prompts.heldout,
+            batch_size=config.batch_size,
+            tau=config.tau,
+            max_tokens=config.microbatch_tokens,
+        )
+        if config.reward_shift == "reference":  # the first evaluation then starts at 0; config.yaml gets the number
+            with fetched():
+                shift = -measured(generator)[0]["score"]
+            config = dataclasses.replace(config, reward_shift=shift)
+            generator = dataclasses.replace(generator, reward=shifted(reward, shift))
+        journal = Journal(run, config, reporter)
         done = restore_checkpoint(run / "checkpoints", policy, optimizer)
-        keep_lines(run / "metrics.jsonl", lambda record: record["batch"] <= done)
-        keep_lines(run / "eval.jsonl", lambda record: record["batch"] <= done)
+        distributed.refresh(actor, policy)
+        journal.start(done)
+        limits = Limits(config.microbatch_tokens, reporter.say)
+        checkpoint = partial(save_checkpoint, run / "checkpoints", policy=policy, optimizer=optimizer)
 
         def evaluate_if_due(batches: int) -> None:
             due = batches % config.eval_every == 0 or batches == config.num_batches
-            if not due or any(record["batch"] == batches for record in read_lines(run / "eval.jsonl")):
+            if not due or journal.evaluated(batches):
                 return
-            record, samples = evaluate(
-                generator,
-                reference,
-                prompts.heldout,
-                batch_size=config.batch_size,
-                tau=config.tau,
-                max_tokens=config.microbatch_tokens,
-            )
-            record = {"batch": batches, "episodes": batches * config.batch_size, **record, **exact()}
-            write_samples(run / "samples.jsonl", samples, first=batches == 0)
-            append_line(run / "eval.jsonl", record)
-            reporter.evaluation(record)
+            with fetched():
+                record, samples = measured(generator)
+                record = {"batch": batches, "episodes": batches * config.batch_size, **record, **exact()}
+            journal.evaluation(record, samples)
 
-        reporter.start_at(done)
         reporter.say(
-            f"{config.algorithm.upper()} on {state.device}: {len(prompts.train)} prompts, {len(prompts.heldout)} held "
-            f"out, {prompts.truncated} cut to {config.prompt_length} tokens; {config.num_batches} batches of "
-            f"{config.batch_size}; run folder {run}" + (f"; going on after batch {done}" if done else "")
+            f"{config.algorithm.upper()} on {distributed.described()}: {len(prompts.train)} prompts, "
+            f"{len(prompts.heldout)} held out, {prompts.truncated} cut to {config.prompt_length} tokens; "
+            f"{config.num_batches} batches of {config.batch_size}; run folder {run}"
+            + ("" if policy.packed else "; padded, as the policy's attention does not take packed sequences")
+            + (f"; going on after batch {done}" if done else "")
         )
         try:
             evaluate_if_due(done)
             while done < config.num_batches:
-                started = time.monotonic()
+                clock = Clock(device)
                 episodes = range(done * config.batch_size, (done + 1) * config.batch_size)
                 batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
-                rollout = generator.respond(batch_prompts, episodes, TRAIN_STREAM)
-                scores, _ = generator.score(batch_prompts, rollout)
+                rollout = respond(generator, batch_prompts, episodes)
+                clock.lap("rollout")
+                scores = score(generator, batch_prompts, rollout)
                 rollout = generator.rewarded(rollout, scores)
+                clock.lap("score")
                 if done == 0:
                     policy.start_values(rollout.rewards)
-                rollout = with_logprobs(rollout, policy, reference, config.microbatch_tokens)
+                    actor.start_values(rollout.rewards)
+                with fetched():
+                    rollout = measure(rollout, actor, reference, config.microbatch_tokens)
                 rollout = algorithm.targets(rollout)
-                losses = update(policy, optimizer, algorithm, rollout, config, done)
+                clock.lap("logprobs")
+                losses = update(policy, optimizer, algorithm, rollout, config, done, limits)
+                distributed.refresh(actor, policy)
+                clock.lap("update")
                 done += 1
                 record: Record = {"batch": done, "episodes": episodes.stop}
                 # The KL of whole sequences before the update stands for the loss's, of tokens during it.
-                record |= losses | rollout_metrics(rollout, scores, config.tau)
-                record["seconds"] = time.monotonic() - started
-                append_line(run / "metrics.jsonl", record)
-                reporter.batch(record)
+                record |= losses | rollout_metrics(rollout, scores, config.tau) | diversity(rollout)
+                record |= clock.phases | {"seconds": clock.seconds}
+                record["tokens_per_second"] = sum(distributed.row_sizes(rollout)) / record["seconds"]
+                (record["peak_memory_bytes"],) = distributed.all_max(peak_memory_bytes(device))
+                journal.batch(record)
 
                 evaluate_if_due(done)
-                if stop.requested or done % config.checkpoint_every == 0 or done == config.num_batches:
-                    save_checkpoint(run / "checkpoints", done, policy, optimizer)
-                    plots.draw(run)
-                if stop.requested and done < config.num_batches:
+                (signal_number,) = distributed.all_max(stop.requested)
+                due = signal_number or done % config.checkpoint_every == 0 or done == config.num_batches
+                if due and not limits.skipped_in_a_row:  # else the weights may be what is wrong
+                    checkpoint(done)
+                    journal.draw()
+                if signal_number and done < config.num_batches:
                     reporter.say(f"stopped after batch {done}; go on with: {resume_command(config)}")
-                    raise SystemExit(128 + stop.requested)
+                    raise SystemExit(128 + signal_number)
         except InputError:  # a reward may fail at any time: what was learned until then is kept
-            if done:
-                save_checkpoint(run / "checkpoints", done, policy, optimizer)
+            if done and not limits.skipped_in_a_row:
+                checkpoint(done)
             reporter.say(f"failed after batch {done}; once mended, go on with: {resume_command(config)}")
             raise
+        except NotFinite as error:
+            if done and error.good:
+                checkpoint(done)
+            rows = journal.rows(
+                f"not_finite-{done + 1:06d}.jsonl", error.minibatch, [episodes[row] for row in error.rows]
+            )
+            reporter.say(f"the rows of the last of these steps are in {rows}")
+            raise
 
-        plots.draw(run)
+        journal.draw()
         export(run, policy, tokenizer)
-        reporter.samples(read_lines(run / "samples.jsonl"))
+        journal.show_samples()
         reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
 
 
-def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, algorithm: Algorithm, rollout: Rollout, config: Config, batch: int
-) -> Record:
-    """Epochs × minibatches × microbatches over one batch of rollouts; the minibatch is the optimizer's step."""
-    size = config.minibatch_size or config.batch_size
-    steps_per_epoch = -(-len(rollout) // size)
-    total_steps = config.num_batches * config.epochs * steps_per_epoch
-    step = batch * config.epochs * steps_per_epoch
-    sums: dict[str, Tensor] = {}
+# A batch's work before the update, shared by the processes.
 
-    def add(name: str, value: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + value
 
-    for epoch in range(config.epochs):
-        order = torch.from_numpy(np.random.default_rng([config.seed, batch, epoch]).permutation(len(rollout)))
-        for rows in order.to(rollout.prompt_tokens.device).split(size):
-            minibatch = rollout.rows(rows)
-            num_tokens = distributed.all_sum(minibatch.num_tokens)
-            for microbatch_rows in minibatch.microbatches(config.microbatch_tokens):
-                microbatch = minibatch.rows(microbatch_rows)
-                output = policy(microbatch, algorithm.loss, num_tokens)
-                output.loss.backward()
-                share = microbatch.num_tokens / num_tokens
-                add("loss", output.loss.detach())
-                for name, value in output.metrics.items():
-                    add(name, value * share)
-            add("grad_norm", nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-            learning_rate = config.learning_rate * (1 - step / total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-    steps = config.epochs * steps_per_epoch
-    means = {name: float(value) / steps for name, value in sums.items()}
-    # Of the residuals of a microbatch, not a mean over tokens; rollout_metrics has the values' own, of the batch.
-    means.pop("explained_variance", None)
-    if not math.isfinite(means["loss"] + means["grad_norm"]):
-        raise FloatingPointError(
-            f"batch {batch + 1}: got loss {means['loss']} and gradient norm {means['grad_norm']}, expected finite "
-            "numbers; the last checkpoint is good; a lower --learning-rate may help"
-        )
-    return means | {"learning_rate": learning_rate}
+def respond(generator: Generator, prompts: Sequence[Prompt], episodes: Sequence[int]) -> Rollout:
+    def work(rows: list[int]) -> Rollout:
+        return generator.respond([prompts[i] for i in rows], [episodes[i] for i in rows], TRAIN_STREAM)
+
+    return share_rollout([len(prompt.tokens) for prompt in prompts], work)
+
+
+def score(generator: Generator, prompts: Sequence[Prompt], rollout: Rollout) -> Tensor:  # (B,)
+    def work(rows: list[int]) -> list[float]:
+        scores, _ = generator.score([prompts[i] for i in rows], rollout.rows(torch.tensor(rows)))
+        return scores.tolist()
+
+    return torch.tensor(share_rows(distributed.row_sizes(rollout), work), device=rollout.device)
+
+
+def measure(rollout: Rollout, actor: Policy, reference: Policy, max_tokens: int) -> Rollout:
+    """With old and reference log-probs, and old values."""
+    return share_rollout(
+        distributed.row_sizes(rollout),
+        lambda rows: with_logprobs(rollout.rows(torch.tensor(rows)), actor, reference, max_tokens),
+    )
 
 
 def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
@@ -233,16 +260,10 @@ def describe(config: Config) -> None:
     """--dry-run: reads the prompts, loads no model and writes nothing."""
     print(config.to_yaml(), end="")
     print(f"# {config.num_batches} batches; run folder {config.output_dir}")
-    if config.policy and config.dataset:
-        tokenizer = load_tokenizer("policy", config.policy)
-        prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
-        print(
-            f"# {len(prompts.train)} prompts, {len(prompts.heldout)} held out, {prompts.truncated} cut to "
-            f"{config.prompt_length} tokens"
-        )
-    else:
-        cost = "90 s" if config.preset == "demo" else "5 s"
-        print(f"# what is not named of the policy, reward and prompts is made first, in about {cost} of one CPU core")
+    for line in what_it_reads(config):
+        print(f"# {line}")
+    if config.policy:
+        print(memory.table(config))
 
 
 if __name__ == "__main__":

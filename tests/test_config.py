@@ -88,7 +88,7 @@ def test_the_file_may_name_the_preset_and_the_command_line_wins() -> None:
 def test_booleans_in_a_file() -> None:
     assert not parse("--config", write("whiten: false\n")).whiten
     assert parse("--config", write("whiten: true\ndry_run: yes\n")).dry_run
-    assert parse("--config", write("whiten: false\n"), "--whiten").whiten
+    assert parse("--config", write("whiten: false\n"), "--algorithm", "ppo", "--whiten").whiten
 
 
 def test_values_in_a_file_that_look_like_something_else() -> None:
@@ -123,10 +123,65 @@ def test_the_penalty_s_beta() -> None:
     assert PPO.from_config(config).trust_region() == (None, 0.0, 0.5)
     config = parse(*"--algorithm ppo --ppo-penalty forward --beta 3 --tau 0.5".split())
     assert PPO.from_config(config).trust_region() == (None, 3.0, 0.5)
-    assert PPO.from_config(parse("--clip", "0.1")).trust_region() == (0.1, 0.0, 0.0)
+    config = parse(*"--algorithm ppo --clip 0.1".split())
+    assert PPO.from_config(config).trust_region() == (0.1, 0.0, 0.0)
+
+
+def test_a_shift_is_a_number_or_to_be_measured() -> None:
+    assert (parse("tldr").reward_shift, parse("hh").reward_shift) == ("reference", 0.0)
+    assert parse("hh", "--reward-shift", "reference").reward_shift == "reference"
+    assert parse("tldr", "--reward-shift", "-1.5").reward_shift == -1.5
+    assert parse("tldr", "--config", write("reward_shift: 2\n")).reward_shift == 2.0
+    assert parse("hh", "--config", write("reward_shift: reference\n")).reward_shift == "reference"
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            "--clip 0.1",
+            "--clip: it belongs to PPO, and this run's algorithm is KLQ; leave it out, or add --algorithm ppo",
+        ),
+        ("--no-whiten", "--no-whiten: it belongs to PPO"),
+        ("tldr --value_coef=0.5", "--value-coef: it belongs to PPO"),
+        ("--algorithm ppo --policy-weight 2", "--policy-weight: it belongs to KLQ, and this run's algorithm is PPO"),
+    ],
+)
+def test_options_of_the_other_algorithm(capsys: pytest.CaptureFixture[str], args: str, said: str) -> None:
+    """Said on the command line they would do nothing; presets, files and runs hold both algorithms' settings."""
+    assert said in error_of(capsys, *args.split())
+    assert parse(*"demo --algorithm ppo".split()).policy_weight == 20  # the preset's
+    file = write("algorithm: ppo\npolicy_weight: 3\nclip: 0.3\n")
+    assert parse("--config", file).policy_weight == 3
+    assert parse("--config", file, "--algorithm", "klq").clip == 0.3
+    assert parse(*"--algorithm ppo --clip 0.1 --alpha 0.5".split()).alpha == 0.5  # of both
+
+
+def test_resume_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped folder is not a new run; with its preset named, one command starts a run and goes on with it."""
+    Path("empty").mkdir()
+    for args, folder in (
+        (["--output-dir", "ruins/demo"], "ruins/demo"),
+        (["--output-dir", "empty"], "empty"),
+        ([], "runs/demo"),
+    ):
+        assert f"--resume: got no run in {folder} to go on with" in error_of(capsys, "--resume", *args)
+    assert not Path("ruins").exists()
+    assert parse("tldr", "--resume", "--output-dir", "new").output_dir == Path("new")
+    assert parse("--config", write("preset: tldr\n"), "--resume").output_dir == Path("runs/tldr")
+
+
+def test_a_measured_shift_stays_with_the_run() -> None:
+    """config.yaml holds the number; the command that started the run, with --resume, goes on with it."""
+    assert parse("tldr", "--output-dir", "out").reward_shift == "reference"
+    save_run("out", dataclasses.replace(parse("tldr"), reward_shift=-1.25))
+    for args in (["tldr"], [], ["tldr", "--reward-shift", "reference"], ["--reward-shift", "-1.25"]):
+        assert parse(*args, "--output-dir", "out", "--resume").reward_shift == -1.25
+    with pytest.raises(InputError, match=r"reward-shift: got 2.0, but the run in out has -1.25"):
+        parse("--reward-shift", "2", "--output-dir", "out", "--resume")
 
 
 def test_a_penalty_and_its_beta_come_together(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +221,8 @@ def test_a_penalty_and_its_beta_come_together(capsys: pytest.CaptureFixture[str]
         ("--seed", str(2**64)),
         ("--missing-eos-penalty", "-1"),
         ("--missing-eos-penalty", "inf"),
+        ("--reward-shift", "nan"),
+        ("--reward-shift", "-inf"),
         ("--policy-weight", "nan"),
         ("--value-weight", "-0.5"),
         ("--minibatch-size", "0"),
@@ -253,7 +310,8 @@ def test_nothing_is_written_before_the_settings_are_right(capsys: pytest.Capture
 def test_yaml_round_trip() -> None:
     config = parse(
         *(
-            "tldr --policy ./π --reward module:function --dataset x.jsonl --learning-rate 1e-5 --tau 1e-7 --no-whiten"
+            "tldr --policy ./π --reward module:function --dataset x.jsonl --learning-rate 1e-5 --tau 1e-7 --no-whiten "
+            "--algorithm ppo --no-reward-eos"
         ).split(),
         *"--minibatch-size 64 --seed 18446744073709551615 --threads 2 --output-dir out --dry-run".split(),
     )
@@ -265,7 +323,7 @@ def test_yaml_round_trip() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_run_s_config_yaml_gives_its_settings_again(name: str) -> None:
-    config = save_run("earlier", parse(name, "--seed", "5", "--learning-rate", "3e-7", "--no-whiten"))
+    config = save_run("earlier", parse(name, "--seed", "5", "--learning-rate", "3e-7", "--reward-shift", "-0.5"))
     assert settings(parse("--config", "earlier/config.yaml")) == settings(config)
     assert settings(parse(name, "--config", "earlier/config.yaml", "--seed", "6")) == settings(config) | {"seed": 6}
 
@@ -282,6 +340,8 @@ def test_resume_keeps_the_run_s_settings() -> None:
         resumed = parse(*args, "--output-dir", "out", "--resume")
         assert settings(resumed) == settings(config)
         assert resumed.resume and resumed.output_dir == Path("out")
+    less = parse("--microbatch-tokens", "512", "--threads", "1", "--output-dir", "out", "--resume")  # out of memory
+    assert settings(less) == settings(config) | {"microbatch_tokens": 512, "threads": 1}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +351,7 @@ def test_resume_keeps_the_run_s_settings() -> None:
         (["demo"], "preset: got demo, but the run in out has tldr"),
         (["--config", "settings.yaml"], "seed: got 1, but the run in out has 9"),
         (["--reward", "m:f"], "reward-model: got None, but the run in out has "),
-        (["--no-whiten"], "whiten: got False"),
+        (["--no-reward-eos"], "reward-eos: got False"),
     ],
 )
 def test_resume_refuses_other_settings(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
@@ -313,7 +373,6 @@ def test_output_dirs_are_numbered() -> None:
 
 
 def test_resume_takes_the_newest_run() -> None:
-    assert parse("--resume").output_dir == Path("runs/demo")
     for name, seed in (("demo", 1), ("demo-2", 2), ("demo-10", 10), ("custom", 3)):
         save_run(f"runs/{name}", parse(name.split("-")[0], "--seed", str(seed)))
     for args, folder, seed in ((["demo"], "demo-10", 10), ([], "demo-10", 10), (["custom"], "custom", 3)):

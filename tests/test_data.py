@@ -126,10 +126,8 @@ def test_the_datasets_library(
     splits = {"train": numbered(12, "train"), "validation": numbered(3, "validation"), "test": numbered(3, "test")}
     DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(tmp_path / "text")
     prompts = load(tmp_path / "text", tokenizer)
-    assert (texts(prompts.train), texts(prompts.heldout)) == (
-        [record["prompt"] for record in splits["train"]],
-        [record["prompt"] for record in splits["validation"]],
-    )
+    assert texts(prompts.train) == [record["prompt"] for record in splits["train"]]
+    assert sorted(texts(prompts.heldout)) == [record["prompt"] for record in splits["validation"]]
     (tmp_path / "chats").mkdir()
     records = [{"messages": chat(f"question {i}")} for i in range(12)]
     Dataset.from_list(records).to_parquet(tmp_path / "chats" / "data.parquet")
@@ -162,11 +160,14 @@ def test_bad_rows_of_the_datasets_library(tmp_path: Path, tokenizer: PreTrainedT
         ('{"prompt": "a"', "expected JSON"),
         ("prompt", "expected JSON"),
         ('{"prompt": "a\tb"}', "expected JSON"),  # JSON has no bare control characters
-        ("NaN", 'got float, expected either "prompt" or "messages"'),
+        ("NaN", 'got float, expected either "prompt" or "messages", or else a dialogue "chosen" or a "text"'),
         ('["a"]', "got list"),
         ("null", "got NoneType"),
         ("{}", r"got \[\]"),
-        ('{"text": "a"}', r"got \['text'\]"),
+        ('{"texts": "a"}', r"got \['texts'\]"),
+        ('{"text": "a"}', 'got "text" after lines with "prompt"'),
+        ('{"chosen": ["a"]}', "chosen: got list, expected text"),
+        ('{"chosen": "Human: a\\n\\n Assistant: b"}', "chosen: got 'Human: a.*, expected a dialogue"),
         ('{"prompt": "a", "messages": []}', "expected either"),
         ('{"prompt": null}', "prompt: got NoneType, expected text"),
         ('{"prompt": ["a"]}', "prompt: got list, expected text"),
@@ -304,6 +305,66 @@ def test_cuts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: str, lim
     assert cut(text, limit, tokenizer, tmp_path).text == expected
 
 
+@pytest.mark.parametrize(
+    "post", ["one\ntwo\n\nthree, longer\nfour", "no line break in it", "ä\n\n\nö\n", "a TITLE: b\nTL;DR: c"]
+)
+def test_of_a_tldr_prompt_the_post_is_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, post: str) -> None:
+    """To every length: at its last line break until it fits, by a character where there is none (Stiennon et al.)."""
+    head, cue = "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: ", "\n\nTL;DR:"
+    whole = len(f"{head}{post}{cue}".encode())
+    for limit in range(len(head + cue) + 2, whole):
+        left = post
+        while len(f"{head}{left}{cue}".encode()) > limit:
+            left = left[: left.rindex("\n") if "\n" in left else -1]
+        assert cut(f"{head}{post}{cue}", limit, tokenizer, tmp_path).text == f"{head}{left}{cue}"
+
+
+TURNS = [
+    "\n\nHuman: First?\n\nAssistant: One",  # 31
+    "\n\nHuman: Second?\n\nAssistant: Two",  # 32
+    "\n\nHuman: Third?\n\nAssistant:",  # 27
+]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (90, "".join(TURNS)),
+        (89, "".join(TURNS[1:])),
+        (59, "".join(TURNS[1:])),
+        (58, TURNS[2]),
+        (27, TURNS[2]),
+        (26, "\nHuman: Third?\n\nAssistant:"),  # no turn fits: the question's beginning goes
+        (13, "?\n\nAssistant:"),
+    ],
+)
+def test_a_long_dialogue_loses_its_first_turns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, limit: int, expected: str
+) -> None:
+    """Whole ones, and never the cue for the answer; the chosen answer is none of the prompt."""
+    dialogues = ["".join(TURNS) + " The answer.", "\n\nHuman:\n\nAssistant: ok"]
+    path = tiny.write_jsonl(tmp_path / "hh.jsonl", [{"chosen": text, "rejected": ""} for text in dialogues])
+    prompts = load(path, tokenizer, prompt_length=limit)
+    assert expected in everything(prompts)
+    assert all(len(prompt.tokens) <= limit for prompt in prompts.train + prompts.heldout)
+    assert prompts.truncated == (limit < 90) + (limit < 20)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(15, "A café, 🙂!"), (14, "A café, 🙂"), (13, "A café, "), (10, "A café, "), (7, "A caf")]
+)
+def test_a_text_to_be_continued_keeps_its_beginning(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, limit: int, expected: str
+) -> None:
+    """Whole characters of it, é of two bytes and 🙂 of four, behind the beginning-of-sequence token."""
+    texts = [{"text": "A café, 🙂!", "label": 1}, {"text": "B", "label": 0}]
+    prompts = load(tiny.write_jsonl(tmp_path / "texts.jsonl", texts), chat_tokenizer, prompt_length=limit)
+    (prompt,) = (p for p in prompts.train + prompts.heldout if p.text != "B")
+    assert prompt.text == expected
+    assert prompt.tokens == chat_tokenizer(expected)["input_ids"] and prompt.tokens[0] == chat_tokenizer.bos_token_id
+    assert prompts.truncated == (limit < 15)
+
+
 def test_a_cut_text_keeps_its_first_special_token(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     for text in ("abcdefghij", "abc\ndef\nQ:", "abcdefghij\nQ:"):
         prompt = cut(text, 6, chat_tokenizer, tmp_path)
@@ -336,6 +397,26 @@ def test_a_prompt_of_many_lines_is_cut_quickly(tmp_path: Path, tokenizer: PreTra
 
 
 # Held out, and in order.
+
+
+def test_a_sorted_test_split_is_held_out_in_part_of_each(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """IMDb's begins with all of its bad reviews; which ones are held out is the same in every run."""
+    (tmp_path / "imdb").mkdir()
+    reviews = [{"text": f"{('bad', 'good')[i // 50]} {i}", "label": i // 50} for i in range(100)]
+    Dataset.from_list(reviews[:2]).to_parquet(tmp_path / "imdb" / "train.parquet")
+    Dataset.from_list(reviews).to_parquet(tmp_path / "imdb" / "test.parquet")
+    heldout = texts(load(tmp_path / "imdb", tokenizer, eval_prompts=20).heldout)
+    assert len(heldout) == 20 and 5 <= sum(text.startswith("bad") for text in heldout) <= 15
+    assert heldout == texts(load(tmp_path / "imdb", tokenizer, eval_prompts=20).heldout)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A prompt of both splits, such as a review's first words."""
+    tiny.write_jsonl(tmp_path / "train.jsonl", numbered(5))
+    tiny.write_jsonl(tmp_path / "test.jsonl", numbered(9)[3:])
+    prompts = load(tmp_path, tokenizer)
+    assert texts(prompts.train) == ["prompt 0", "prompt 1", "prompt 2"]
+    assert texts(prompts.heldout) == [f"prompt {i}" for i in range(3, 7)]
 
 
 def test_held_out_prompts_are_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

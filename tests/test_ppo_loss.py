@@ -315,7 +315,7 @@ def test_the_algorithm_s_loss_is_this_one(penalty: Literal["none", "forward", "r
         beta=0.6 if penalty == "forward" else None,
         temperature=0.8,
     )
-    found = ppo.loss(batch, hidden, head, values, torch.tensor(11), None)
+    found = ppo.loss(batch.responses(), hidden[batch.mask], head, values[batch.mask], torch.tensor(11), None)
     logprobs = (head(hidden) / 0.8).log_softmax(-1).gather(-1, batch.response_tokens[..., None]).squeeze(-1)
     options: dict[str, dict[str, Any]] = {
         "none": {"clip": 0.1},

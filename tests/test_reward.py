@@ -1,6 +1,8 @@
 """Scores: a reward model's are those of each text alone, and a function's mistakes are told with the prompt."""
 
+import json
 import re
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
@@ -25,7 +28,7 @@ from transformers import (
 
 from klq_fast.config import InputError
 from klq_fast.data import Prompt
-from klq_fast.reward import Reward, load_reward, reward_from_function, reward_from_model
+from klq_fast.reward import Reward, load_reward, reward_from_function, reward_from_model, shifted
 
 CPU = torch.device("cpu")
 LONG = "Lorem ipsum dolor sit amet, consectetur adipisici elit, sed eiusmod tempor incidunt. "
@@ -388,3 +391,69 @@ def test_reward_models_are_loaded_frozen_without_dropout(folder: Path) -> None:
     torch.testing.assert_close(
         first, reward_from_model(model, tokenizer, 1000)(prompts_of(*PROMPTS), RESPONSES, ENDED), atol=1e-5, rtol=1e-5
     )
+
+
+def test_without_the_end_of_sequence_token(folder: Path) -> None:
+    """For reward models that never saw it: what ended and what did not read the same."""
+    model, tokenizer = load(folder / "neox_reward")
+    scores = reward_from_model(model, tokenizer, 1000, eos=False)(prompts_of("Q:", "Q:"), [" a", " a"], [True, False])
+    expected = direct(model, tokenizer("Q: a").input_ids).float()
+    torch.testing.assert_close(scores, torch.stack([expected, expected]))
+    assert abs(expected - direct(model, [*tokenizer("Q: a").input_ids, tokenizer.eos_token_id])) > 1e-3
+    kept = load_reward(None, str(folder / "neox_reward"), CPU, 1000, eos=False)
+    torch.testing.assert_close(kept(prompts_of("Q:"), [" a"], [True]), expected[None], atol=1e-5, rtol=1e-5)
+
+
+def test_a_shift_is_added(function: Callable[[Any], Reward]) -> None:
+    score = function(lambda prompts, responses: [1.0, -2.0])
+    assert shifted(score, 0.5)(prompts_of("a", "b"), ["x", "y"], [True, True]).tolist() == [1.5, -1.5]
+    for shift, expected in ((-3.0, [-2.0, -5.0]), (0.0, [1.0, -2.0]), ("reference", [1.0, -2.0])):  # not measured yet
+        loaded = load_reward("some_rewards:score", None, CPU, 1000, shift=shift)  # type: ignore[arg-type]
+        assert loaded(prompts_of("a", "b"), ["x", "y"], [True, True]).tolist() == expected
+
+
+def test_a_model_that_waits_elsewhere_scores_the_same(folder: Path) -> None:
+    name = str(folder / "gpt2_reward")
+    stays, waits = (load_reward(None, name, CPU, 1000, offload=offload) for offload in (False, True))
+    for _ in range(2):
+        assert torch.equal(*(score(prompts_of(*PROMPTS), RESPONSES, ENDED) for score in (stays, waits)))
+
+
+# Checkpoints that their architecture or config does not describe.
+
+
+def changed(folder: Path, place: Path, tensors: dict[str, Tensor], without: Sequence[str] = ()) -> Path:
+    """The GPT-2 reward model with other tensors, and without some settings."""
+    shutil.copytree(folder / "gpt2_reward", place)
+    save_file(load_file(place / "model.safetensors") | tensors, place / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in without}))
+    return place
+
+
+def test_a_score_s_bias_is_kept(folder: Path, tmp_path: Path) -> None:
+    """transformers' classifiers have none and drop it, and with it the shift of scores that their authors made."""
+    place = changed(folder, tmp_path / "biased", {"score.bias": torch.tensor([1.5])})
+    plain, biased = (load_reward(None, str(path), CPU, 1000) for path in (folder / "gpt2_reward", place))
+    scores = plain(prompts_of(*PROMPTS), RESPONSES, ENDED)
+    torch.testing.assert_close(biased(prompts_of(*PROMPTS), RESPONSES, ENDED), scores + 1.5)
+
+
+def test_a_config_that_does_not_count_its_labels(folder: Path, tmp_path: Path) -> None:
+    """It means two; the checkpoint has one, with and without a bias."""
+    plain = load_reward(None, str(folder / "gpt2_reward"), CPU, 1000)
+    scores = plain(prompts_of(*PROMPTS), RESPONSES, ENDED)
+    for name, tensors, shift in (("one", {}, 0.0), ("biased", {"score.bias": torch.tensor([-2.0])}, -2.0)):
+        place = changed(folder, tmp_path / name, tensors, ["id2label", "label2id", "num_labels"])
+        found = load_reward(None, str(place), CPU, 1000)(prompts_of(*PROMPTS), RESPONSES, ENDED)
+        torch.testing.assert_close(found, scores + shift)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Rather than drawn at random, in part or whole."""
+    place = changed(folder, tmp_path / "positions", {"transformer.wpe.weight": torch.zeros(32, 32)})
+    with pytest.raises(InputError, match=r"wpe.weight of shape \(32, 32\), and its config.json says \(64, 32\)"):
+        load_reward(None, str(place), CPU, 1000)
+    language_model = tiny.gpt2(tmp_path / "language_model")
+    with pytest.raises(InputError, match=r"does not hold \['score.weight'\] of GPT2ForSequenceClassification"):
+        load_reward(None, str(language_model), CPU, 1000)

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import klq_fast.rollout
 from klq_fast.batch import Rollout
 from klq_fast.data import Prompt
+from klq_fast.decode import next_logits, sample
 from klq_fast.models import Policy, load_policy, load_reference
-from klq_fast.rollout import EVAL_STREAM, TRAIN_STREAM, Generator, Sampler, uniforms, with_logprobs
+from klq_fast.rollout import EVAL_STREAM, TRAIN_STREAM, Generator, uniforms, with_logprobs
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.7
@@ -107,10 +108,9 @@ def force(
 
 
 def chosen(scores: Tensor, numbers: Tensor, temperature: float) -> Tensor:
-    """The token that the sampler leaves in each row, with all others impossible."""
-    left = Sampler(numbers[:, None], temperature)(torch.zeros(len(scores), 1, dtype=torch.long), scores)
-    assert ((left == 0).sum(1) == 1).all() and ((left == 0) | (left == -torch.inf)).all()
-    return left.argmax(1)
+    tokens = sample(scores, numbers, temperature)
+    assert tokens.shape == numbers.shape and tokens.dtype == torch.int64
+    return tokens
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 3.0])
@@ -151,11 +151,9 @@ def test_tokens_too_unlikely_for_float64_are_never_chosen() -> None:
         assert chosen(scores, torch.tensor([number], dtype=torch.float64), 1.0).item() == 1
 
 
-def test_each_step_and_row_has_its_own_number() -> None:
-    scores = torch.zeros(2, 4)
-    sampler = Sampler(torch.tensor([[0.1, 0.3, 0.9], [0.6, 0.0, 0.26]], dtype=torch.float64), 1.0)
-    tokens = [sampler(torch.zeros(2, 1, dtype=torch.long), scores).argmax(1).tolist() for _ in range(3)]
-    assert tokens == [[0, 2], [1, 0], [3, 1]]
+def test_each_row_has_its_own_number() -> None:
+    numbers = torch.tensor([0.1, 0.6, 0.3, 0.0, 0.9, 0.26], dtype=torch.float64)
+    assert chosen(torch.zeros(6, 4), numbers, 1.0).tolist() == [0, 2, 1, 0, 3, 1]
 
 
 def test_uniform_numbers() -> None:
@@ -311,6 +309,46 @@ def test_a_batch_that_ends_early_is_narrow(folder: Path, monkeypatch: pytest.Mon
     rollout = generator.respond(prompts, [0, 1], TRAIN_STREAM)
     assert rollout.response_tokens.shape == (2, 2)
     assert (rollout.response_lengths.tolist(), rollout.ended.tolist()) == ([1, 2], [True, True])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_end_leave_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """In steps of a quarter of the rows; those that stay write what they would have written, and one batch's cache
+    serves the next, as on a GPU."""
+    generator = exact(folder / family)
+    end: Any = generator.tokenizer.eos_token_id
+    texts = [*TEXTS, "bc", "the end"]
+    prompts = prompts_of(generator, texts)
+    wanted = [[30 + row, *range(20, 20 + count), end][:LENGTH] for row, count in enumerate([0, 9, 1, 3, 3, 20, 0, 1])]
+    force(monkeypatch, generator, prompts, wanted)
+    sizes: list[int] = []
+    plain = generator.decoder.step
+
+    def step(token: Tensor) -> Tensor:
+        sizes.append(len(token))
+        return plain(token)
+
+    monkeypatch.setattr(generator.decoder, "step", step)
+    monkeypatch.setattr(generator.decoder, "end", lambda: None)
+    for _ in range(2):
+        assert responses_of(generator.respond(prompts, range(8), TRAIN_STREAM)) == wanted
+        # 8 rows; after 2 tokens 6 are left, after 3 tokens 4, after 5 tokens 2, of which one ends with the 11th.
+        assert sizes == [8, 6, 4, 4, *[2] * 7]
+        sizes.clear()
+        held = generator.decoder.cache
+    few = generator.respond(prompts[1:3], [1, 2], TRAIN_STREAM)  # the first rows of the same cache
+    assert generator.decoder.cache is held and len(few) == 2
+
+
+def test_logits_of_a_16_bit_head_are_not_rounded(folder: Path) -> None:
+    """bf16 logits are off by up to 2⁻⁹ of their size; sums in fp32 of exact products by 1e-6."""
+    policy = load(folder / "neox").policy
+    policy.model.get_output_embeddings().bfloat16()
+    hidden = torch.randn(5, 32).bfloat16()
+    found = next_logits(policy, hidden)
+    expected = hidden.double() @ policy.model.get_output_embeddings().weight.double().T
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
 def test_a_prompt_may_hold_end_tokens(folder: Path) -> None:
@@ -512,6 +550,31 @@ def test_rows_cut_the_padding() -> None:
         torch.tensor([1, 1])
     )
     assert bare.prompt_tokens.tolist() == [[2000], [2000]]
+
+
+def test_lengths_stay_on_the_host() -> None:
+    rollout = some_rollout([2, 1], [1, 3])
+    for name in ("prompt_lengths", "response_lengths", "ended"):
+        with pytest.raises(ValueError, match=f"{name}: got a tensor on meta, expected one on the CPU"):
+            dataclasses.replace(rollout, **{name: getattr(rollout, name).to("meta")})
+
+
+def test_packed_inputs() -> None:
+    rollout = some_rollout([2, 1], [1, 3], spare=1)
+    inputs, states = rollout.packed_inputs()
+    # Without the last token of each response: no state comes after it.
+    assert inputs["input_ids"].tolist() == [[1000, 1001, 2000, 2001, 2002]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert states.tolist() == [1, 2, 3, 4]
+    assert inputs["sequences"].bounds.tolist() == [0, 2, 5] and inputs["sequences"].longest == 3
+    assert rollout.response_slots().tolist() == [0, 4, 5, 6]
+    assert rollout.response_slots(torch.tensor([1])).tolist() == [4, 5, 6]
+    responses = rollout.responses()
+    assert responses.tokens.tolist() == [1002, 2001, 2002, 2003]
+    for offset, name in enumerate(("logprobs", "ref_logprobs", "values", "advantages", "returns"), start=1):
+        assert torch.equal(getattr(responses, name), responses.tokens + offset)
+    assert rollout.states().tolist() == [2, 7 + 2, 7 + 3, 7 + 4]
+    assert rollout.last.tolist() == [[True, False, False, False], [False, False, True, False]]
 
 
 def test_model_inputs() -> None:

@@ -121,32 +121,42 @@ def test_figures_share_runs() -> None:
         "budget": 3 * 3,
         "frontier": 3 * 5 * 3,
         "judge": 3 * 5 * 3,
-        "weights": 4 * 5 * 2,
-        "learning-rate": 4 * 5 * 2,
-        "lam": 3 * 6 * 2,
-        "constant": 4 * 2,
+        "weights": 5 * 5 * 2,
+        "learning-rate": 5 * 5 * 2,
+        "lam": 2 * 6 * 2,
+        "constant": 5 * 2,
     }
     assert runs["budget"] == runs["curves"] and set(runs["curves"]) < set(runs["frontier"]) == set(runs["judge"])
     everything = {run for own in runs.values() for run in own}
-    # Of weights one method is new; of learning-rate four rates of five, and of the fifth one method's τ is in weights;
-    # of lam five values of six.
-    assert len(everything) == 45 + 5 * 2 + 4 * 4 * 2 + 3 * 5 * 2 + 8
+    # Of weights two methods are new; of learning-rate four rates of five; of lam five values of six.
+    assert len(everything) == 45 + 2 * 5 * 2 + 5 * 4 * 2 + 2 * 5 * 2 + 10
     assert len({run.name for run in everything}) == len(everything)
     assert [run.seed for run in runs["curves"]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_what_a_method_is() -> None:
     def options(method: str, **more: bool) -> set[str]:
-        return set(Run(method, tau=0.1, lam=0.5, learning_rate=1e-3, seed=7, **more).options)
+        return set(Run(method, tau=0.1, lam=0.5, learning_rate=1e-3, alpha=0.25, seed=7, **more).options)
 
     shared = {"--tau=0.1", "--lam=0.5", "--learning-rate=0.001", "--seed=7"}
     assert options("ppo") == shared | {"--algorithm=ppo"}
-    assert options("klq") == shared | {"--algorithm=klq", "--policy-weight=10.0", "--value-weight=1.0"}
-    assert options("klq-paper") == shared | {"--algorithm=klq", "--policy-weight=1.0", "--value-weight=1.0"}
-    assert options("klq-value-0.1") == shared | {"--algorithm=klq", "--policy-weight=10.0", "--value-weight=0.1"}
+    klq = shared | {"--algorithm=klq", "--alpha=0.25"}
+    assert options("klq") == options("klq-alpha-1") == klq | {"--policy-weight=10.0", "--value-weight=1.0"}
+    assert options("klq-paper") == klq | {"--policy-weight=1.0", "--value-weight=1.0"}
+    assert options("klq-value-0.1") == klq | {"--policy-weight=10.0", "--value-weight=0.1"}
     extra = {"--reward=klq_fast.sweep:constant", "--missing-eos-penalty=0.0"}
     assert options("klq", constant=True) == options("klq") | extra
     assert len(set(constant(["a", "b"], ["", "long"]))) == 1
+
+
+def test_alpha_keeps_beta_over_tau() -> None:
+    """β = τ(1 − α)/α, Eq. 18: of the preset's or the given α at the preset's τ."""
+    runs = plan("weights", options=("--tau=0.1", "--alpha=0.25"))["weights"]
+    for run in runs:
+        if run.method in ("klq", "klq-value-0.1"):
+            assert run.tau * (1 - run.alpha) / run.alpha == pytest.approx(0.3)
+        else:
+            assert run.alpha == 1.0
 
 
 def test_options_reach_every_run() -> None:
@@ -284,7 +294,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def fake_run(folder: Path, run: Run, exact: bool) -> None:
     """A finished run's folder whose figures are simple functions of what it is."""
-    level = {"klq": 0.8, "klq-paper": 0.6, "klq-value-0.1": 0.7, "ppo": 0.75}[run.method] - abs(run.tau - 0.05)
+    levels = {"klq": 0.8, "klq-alpha-1": 0.65, "klq-paper": 0.6, "klq-value-0.1": 0.7, "ppo": 0.75}
+    level = levels[run.method] - abs(run.tau - 0.05)
     noise = np.random.default_rng(run.seed)
     evaluations, batches = [], []
     for batch in range(0, 41):
@@ -359,7 +370,7 @@ def test_every_figure_is_drawn_from_finished_runs(exact: bool, tmp_path: Path) -
     assert budget["klq"]["training_seconds"]["values"] == pytest.approx([4.0, 4.4, 4.8, 5.2])
     assert budget["klq"]["seconds"]["iqm"] == 10.5
     table = (tmp_path / "budget.md").read_text()
-    assert "| KLQ, policy weight 1/τ | 4 | 4.6 (" in table and table.count("\n| ") == 5
+    assert "| KLQ | 4 | 4.6 (" in table and table.count("\n| ") == 5
     if exact:
         judged = results["judge"]["cells"][0]
         assert judged["wins"] == 120 and judged["win_rate"]["iqm"] == pytest.approx(0.6)
@@ -416,7 +427,7 @@ def test_a_sweep_killed_and_started_again(tmp_path: Path, capsys: pytest.Capture
 
     # The two that the killed sweep had begun were finished by the processes that it left, and not made again.
     assert [account["job"] for account in read_lines(output / "processes.jsonl")] == [runs["ppo"].name]
-    main([*args[:2], "--draw-only", *args[2:]])
+    main([*args[:2], "--draw-only", *args[2 : args.index("--")]])  # the options are in base.yaml
     assert "3 runs for curves, budget: 2 are finished, 1 are to do" in capsys.readouterr().out
     ours, papers = (Config.from_yaml((file.parent / "config.yaml").read_text()) for file in metrics)
     assert ours.policy_weight == 20 and ours == dataclasses.replace(papers, policy_weight=20.0)

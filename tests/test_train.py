@@ -1,10 +1,12 @@
 """Whole runs of `python -m klq_fast.train` on tiny models: what they leave, that they learn, stop and go on exactly."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,17 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from klq_fast.batch import Rollout
+from klq_fast.config import Config
+from klq_fast.klq import KLQ
 from klq_fast.metrics import read_lines
+from klq_fast.models import Policy, load_policy, load_reference
+from klq_fast.rollout import with_logprobs
 from klq_fast.train import main
+from klq_fast.update import Limits, gradients_in_memory
 
 REWARDS = '''
 def letter_a(prompts, responses):
@@ -74,8 +83,10 @@ def start(args: list[str]) -> subprocess.Popen[str]:
 
 
 def figures(run: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or eval.jsonl without the one figure that a clock decides."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in tiny.read_jsonl(run / f"{name}.jsonl")]
+    """The lines of metrics.jsonl or eval.jsonl without the figures that the machine decides."""
+    records = tiny.read_jsonl(run / f"{name}.jsonl")
+    measured = ("tokens_per_second", "peak_memory_bytes", "mfu")
+    return [{k: v for k, v in r.items() if not k.endswith("seconds") and k not in measured} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +96,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         process = start(arguments(folder, run, "--episodes", "192"))
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return run
 
@@ -98,6 +109,11 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         assert record["rlhf_reward"] == pytest.approx(record["score"] - 0.05 * record["kl"], abs=1e-6)
         assert {"episodes", "score", "kl", "response_length", "no_eos"} <= record.keys()
     assert {"loss", "learning_rate", "grad_norm"} <= metrics[0].keys()
+    for record in tiny.read_jsonl(finished / "metrics.jsonl"):
+        phases = [record[f"{phase}_seconds"] for phase in ("rollout", "score", "logprobs", "update")]
+        assert all(seconds > 0 for seconds in phases) and sum(phases) <= record["seconds"]
+        assert record["tokens_per_second"] > 0 and record["skipped_steps"] == 0
+        assert 10**8 < record["peak_memory_bytes"] < 10**10  # torch alone takes the first
     assert metrics[0]["kl"] == evaluations[0]["kl"] == 0.0  # the policy is its reference, bit for bit
     assert metrics[-1]["learning_rate"] == pytest.approx(1e-2 / 48)  # the last of 48 steps of a fall to 0
     samples = tiny.read_jsonl(finished / "samples.jsonl")
@@ -201,13 +217,126 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (run / "policy").exists() and not (run / "metrics.jsonl").exists()
 
 
+def losses_not_finite(monkeypatch: pytest.MonkeyPatch, bad: range) -> None:
+    """From now on the losses of the optimizer steps in `bad`, counted from 0, are NaN; a step is one microbatch."""
+    loss, steps = KLQ.loss, iter(range(10**6))
+
+    def spoiled(self: KLQ, *args: Any) -> Any:
+        output = loss(self, *args)
+        return output._replace(loss=output.loss * torch.nan) if next(steps) in bad else output
+
+    monkeypatch.setattr(KLQ, "loss", spoiled)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    losses_not_finite(monkeypatch, range(5, 7))  # two of the second batch's four
+    main(arguments(folder, run, "--episodes", "48"))
+    metrics = figures(run, "metrics")
+    assert [record["skipped_steps"] for record in metrics] == [0, 2, 0]
+    assert all(isinstance(record[name], float) for record in metrics for name in ("loss", "grad_norm", "kl"))
+    assert all(tensor.isfinite().all() for tensor in load_file(run / "policy" / "model.safetensors").values())
+
+
+def test_three_bad_steps_in_a_row_stop_the_run_with_what_is_good(
+    folder: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All steps of the third batch: the weights that made it are kept, its rows can be read, and it can be redone."""
+    run, args = tmp_path / "run", arguments(folder, tmp_path / "run", "--episodes", "192")
+    with monkeypatch.context() as patch:
+        losses_not_finite(patch, range(8, 12))
+        with pytest.raises(SystemExit):
+            main(args)
+    output = capsys.readouterr()
+    assert "batch 3: 3 optimizer steps in a row" in output.err and "loss nan" in output.err
+    assert str(run / "not_finite-000003.jsonl") in output.out
+    rows = tiny.read_jsonl(run / "not_finite-000003.jsonl")
+    assert sorted(row["episode"] for row in rows) == list(range(32, 48))
+    for row in rows:
+        count = len(row["response_tokens"])
+        assert 0 < count <= 8 and 0 < len(row["prompt_tokens"]) and isinstance(row["reward"], float)
+        for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+            assert len(row[name]) == count and all(isinstance(number, float) for number in row[name])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["batch-000002"]
+    main([*args, "--resume"])
+    assert figures(run, "metrics") == figures(finished, "metrics")
+
+
+def test_out_of_memory_halves_the_microbatches_and_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that holds 100 tokens: 16 rows of about 18 do not fit, half of them do not, a quarter does."""
+    main(arguments(folder, tmp_path / "roomy", "--episodes", "48"))
+    forward = Policy.forward
+
+    def limited(self: Policy, batch: Rollout, loss: Any = None, num_tokens: Any = None) -> Any:
+        tokens = int((batch.prompt_lengths + batch.response_lengths).sum())
+        if loss is not None and tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(self, batch, loss, num_tokens)
+
+    monkeypatch.setattr(Policy, "forward", limited)
+    main(arguments(folder, tmp_path / "tight", "--episodes", "48"))
+    said = re.findall(r"out of memory: microbatches of (\d+) tokens from now on, not (\d+)", capsys.readouterr().out)
+    assert [int(before) for _, before in said] == [16384, int(said[0][0])] and 50 < int(said[1][0]) <= 100
+    for name in ("loss", "grad_norm", "kl", "td_error"):
+        ours, expected = ([r[name] for r in figures(tmp_path / run, "metrics")] for run in ("tight", "roomy"))
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4), name  # as where microbatches differ from the start
+
+
+def test_gradients_after_out_of_memory_are_those_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a minibatch, when some microbatches have left their gradients already."""
+    policy = load_policy(str(folder / "neox"), 1.0, torch.device("cpu"))
+    reference = load_reference(str(folder / "neox"), 1.0, torch.device("cpu"))
+    lengths = torch.tensor([5, 9, 3, 8, 8, 2, 7, 4])
+    tokens = torch.randint(2, 200, (8, 17))
+    rollout = Rollout(tokens[:, :9], lengths, tokens[:, 9:], lengths.clamp_max(8), torch.ones(8, dtype=torch.bool))
+    rollout = replace(with_logprobs(rollout, policy, reference, 1000), rewards=torch.randn(8))
+    algorithm = KLQ.from_config(Config())
+    rollout = algorithm.targets(rollout)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+
+    def gradients() -> list[Tensor]:
+        found = [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
+        optimizer.zero_grad()
+        return found
+
+    said: list[str] = []
+    limits = Limits(40, said.append)
+    expected_sums = gradients_in_memory(policy, optimizer, algorithm, rollout, limits)
+    expected = gradients()
+    forward, calls = Policy.forward, iter(range(100))
+
+    def failing(self: Policy, *args: Any) -> Any:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, *args)
+
+    monkeypatch.setattr(Policy, "forward", failing)
+    sums = gradients_in_memory(policy, optimizer, algorithm, rollout, limits)
+    assert said == ["out of memory: microbatches of 20 tokens from now on, not 40; the loss is the same"]
+    for name, value in sums.items():
+        if name != "explained_variance":  # of each microbatch alone
+            torch.testing.assert_close(value, expected_sums[name], rtol=1e-5, atol=1e-6)
+    for found, gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)  # fp32 sums in another order
+
+    monkeypatch.setattr(Policy, "forward", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA …")))
+    with pytest.raises(torch.OutOfMemoryError):  # a row alone does not fit
+        gradients_in_memory(policy, optimizer, algorithm, rollout, limits)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path, finished: Path, number: int) -> None:
     run = tmp_path / "run"
     process = start(arguments(folder, run, "--episodes", "192"))
     wait_for(lambda: len(read_lines(run / "metrics.jsonl")) >= 3, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, output
     done = len(read_lines(run / "metrics.jsonl"))
     assert f"stopped after batch {done}" in output and f"--output-dir {run} --resume" in output
@@ -259,7 +388,7 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
-def wait_for(condition: "Any", process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: "Any", process: subprocess.Popen[str], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]

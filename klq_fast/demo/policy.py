@@ -11,11 +11,12 @@ from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
 )
 
-from ..rollout import Sampler
+from ..decode import sample as sample_tokens
 from .pairs import Pair, Pairs
 
 if TYPE_CHECKING:
@@ -153,6 +154,19 @@ def train_policy(
     return policy.eval()
 
 
+class Sampler(LogitsProcessor):
+    """The training loop's sampler, for `generate`: torch.multinomial, which do_sample uses, takes more time here than
+    the model."""
+
+    def __init__(self, numbers: Tensor, temperature: float) -> None:
+        self.numbers = iter(numbers.unbind(1))  # (B, T) uniform in [0, 1), float64
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, ·), (B, V) -> (B, V)
+        tokens = sample_tokens(scores, next(self.numbers), self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
 @torch.no_grad()
 def sample(
     policy: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], temperature: float
@@ -166,7 +180,6 @@ def sample(
         batch = order[start : start + 256]
         width = max(len(ids[row]) for row in batch)
         padding = [width - len(ids[row]) for row in batch]
-        # The training loop's sampler: torch.multinomial, which do_sample uses, takes more time here than the model.
         sampler = Sampler(torch.rand(len(batch), length, dtype=torch.float64), temperature)
         generated = policy.generate(  # type: ignore[misc]
             input_ids=torch.tensor(
