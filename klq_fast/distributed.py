@@ -255,15 +255,9 @@ def sharded(policy: "Policy") -> tuple["Policy", "Policy"]:
     return policy, actor
 
 
-def reset_after_error(policy: "Policy") -> bool:
-    """Makes a policy whose forward or backward pass raised usable again, where that can be: in one process."""
-    if _world.size > 1:
-        return False
-    if isinstance(policy, FSDPModule):
-        if not hasattr(policy, "reset_iter_state"):  # torch < 2.13
-            return False
-        policy.reset_iter_state()
-    return True
+def usable_after_error(policy: "Policy") -> bool:
+    """Whether a policy whose forward or backward pass raised can go on: a sharded one keeps that pass's gradients."""
+    return not isinstance(policy, FSDPModule)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from . import options
 from .batch import Rollout, Sequences, microbatches
 from .config import Config, InputError
+from .hub import only_here
 from .kernels.linear_logprob.op import chunk_rows
 from .klq import KLQ
 from .models import Policy
@@ -166,7 +167,7 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
 def _model(auto: Any, option: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model that a config.json describes, without weights."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=only_here(name))
         with META:
             return auto.from_config(config, dtype=dtype).eval()
     except (OSError, ValueError) as error:  # not there, no connection, or nothing that transformers knows

@@ -114,14 +114,14 @@ def gradients_in_memory(
     """`gradients` in microbatches that fit: where memory runs out they are halved, which does not change the sums.
 
     Raises:
-        torch.OutOfMemoryError: a row alone is too large; or there are other processes, which cannot be asked.
+        torch.OutOfMemoryError: a row alone is too large; or the policy is sharded, as it is on a GPU.
     """
     while True:
         try:
             return gradients(policy, algorithm, minibatch, limits.max_tokens)
         except torch.OutOfMemoryError:
             largest = max(distributed.row_sizes(minibatch))
-            if limits.max_tokens <= largest or not distributed.reset_after_error(policy):
+            if limits.max_tokens <= largest or not distributed.usable_after_error(policy):
                 raise
         # Out here, where the exception and with it the tensors of the failed attempt are gone.
         optimizer.zero_grad()
