@@ -225,7 +225,8 @@ def _budget_table(results: Record) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (list(head), ["---"] * len(head), *rows)]
     machine = results["machine"]
     where = f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
-    note = f"Preset {results['preset']}; {results['interval']}; {where}. Memory is the process's, not the GPU's."
+    note = f"Preset {results['preset']}; {results['interval']}; {where}. "
+    note += "Memory: the GPU's, or without one the process's, its libraries included."
     return "\n".join([note, "", *lines, ""])
 
 

@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ class Job:
 
 
 class Pool:
-    """Child processes, each with a log in its job's folder. `accounts` gets a line for each: its time and memory."""
+    """Child processes, each with a log in its job's folder. `accounts` gets a line for each: its time."""
 
     def __init__(self, slots: int, gpus: Sequence[str], accounts: Path) -> None:
         self.slots, self.gpus, self.accounts = slots, gpus, accounts
@@ -94,7 +93,7 @@ class Pool:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
             )
         self.running[process.pid] = (job, slot, time.monotonic())
-        process.returncode = 0  # it is waited for by wait4, which also tells its memory
+        process.returncode = 0  # it is waited for by wait4, which also tells its time
         if self.stopped:  # between the question and the start
             self._signal_all()
 
@@ -110,7 +109,6 @@ class Pool:
             "job": job.name,
             "seconds": time.monotonic() - started,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_memory_mib": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
             "exit_code": code,
         }
         append_line(self.accounts, account)

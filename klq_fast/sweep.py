@@ -401,18 +401,19 @@ def cell_numbers(cell: Cell, output: Path) -> Record:
 
 
 def budget_numbers(cell: Cell, output: Path) -> Record:
-    """Seconds of training and the process's peak memory, for each run."""
+    """Seconds of training, the process's, and the peak memory that the run has measured of itself."""
     accounts: dict[str, list[Record]] = {}
     for account in read_lines(output / "processes.jsonl"):
         accounts.setdefault(account["job"], []).append(account)
     rows = []
     for run in cell.runs:
         records = read_lines(output / "runs" / run.name / "metrics.jsonl")
-        # A run that was interrupted has several processes, whose memory and time say little.
+        # A run that was interrupted has several processes, whose time says little.
         if len(mine := accounts.get(run.name, [])) == 1 and records and not mine[0]["exit_code"]:
             seconds = [record["seconds"] for record in records]
             row = {"training_seconds": sum(seconds), "batch_seconds": float(np.median(seconds))}
-            rows.append(row | {name: mine[0][name] for name in ("seconds", "cpu_seconds", "peak_memory_mib")})
+            row |= {name: mine[0][name] for name in ("seconds", "cpu_seconds")}
+            rows.append(row | {"peak_memory_mib": max(record["peak_memory_bytes"] for record in records) / 2**20})
     numbers: Record = {"method": cell.method, "x": None, "runs": len(rows)}
     return numbers | {name: summary(values) for name, values in (columns(rows) if rows else {}).items()}
 

@@ -220,7 +220,7 @@ def test_a_pool_runs_so_many_at_a_time(tmp_path: Path, capsys: pytest.CaptureFix
     accounts = read_lines(tmp_path / "accounts.jsonl")
     assert [account["job"] for account in accounts].count("3") == 0 and len(accounts) == 4
     for account in accounts:
-        assert account["exit_code"] == 0 and account["seconds"] > 0.3 and 3 < account["peak_memory_mib"] < 8000
+        assert account["exit_code"] == 0 and account["seconds"] > 0.3
     assert "4/4" in capsys.readouterr().out
 
 
@@ -304,7 +304,7 @@ def fake_run(folder: Path, run: Run, exact: bool) -> None:
         score = level * share + 0.05 * noise.normal() * (batch > 0)
         record = {"batch": batch, "episodes": 64 * batch, "score": score, "kl": kl, "rlhf_reward": score - run.tau * kl}
         if batch:
-            batches.append({**record, "seconds": 0.1 + run.seed / 100})
+            batches.append({**record, "seconds": 0.1 + run.seed / 100, "peak_memory_bytes": 2**29})
         if batch % 10 == 0:
             more = {
                 "exact_reward": score + 1,
@@ -330,7 +330,7 @@ def test_every_figure_is_drawn_from_finished_runs(exact: bool, tmp_path: Path) -
     for run in {run for own in cells.values() for run in in_order(own)}:
         if not (run.method == "ppo" and run.seed == 3):  # one is not finished
             fake_run(tmp_path / "runs" / run.name, run, exact)
-            account = {"job": run.name, "seconds": 9.0 + run.seed, "cpu_seconds": 8.0, "peak_memory_mib": 500.0}
+            account = {"job": run.name, "seconds": 9.0 + run.seed, "cpu_seconds": 8.0}
             accounts.append(account | {"exit_code": 0})
             verdict = {"wins": 30, "losses": 20, "ties": 14, "unparsed": 0, "win_rate": 0.6, "interval": [0.5, 0.7]}
             (tmp_path / "judge" / run.name).mkdir(parents=True)
