@@ -98,22 +98,23 @@ def lambda_returns(
             bootstrap = None if bootstrap is None else torch.cat([bootstrap, bootstrap.new_zeros(1)])
         last = torch.where(offsets.diff() > 0, offsets[1:] - 1, N)
 
-    returns, advantages, Q, td_errors = work.unbind()
-    _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, td_errors)
+    returns, advantages, Q, _ = work[:, :N].unbind()
+    _td_errors(log_ratio, V, r, bootstrap, last, per_token, tau, gamma, Q, work[3])
     if offsets is None and mask is not None and shortest < shape[1]:
         _zero_padding(work[:, :N].view(4, *shape), mask, shortest)
-    exact = td_errors.double() if device.type == "cuda" else td_errors  # where a product in float32 may be TF32
-    scanned = advantages if exact is td_errors else torch.empty_like(exact)
+    scanned, exact = work[1], work[3]
+    if device.type == "cuda":  # where a product in float32 may be TF32
+        scanned, exact = torch.empty_like(exact, dtype=torch.float64), exact.double()
     if offsets is None:
         _scan(exact, (shape[0], shape[1]), shape[1], lam * gamma, out=scanned)
     else:
         _scan(exact, offsets, N if offsets.is_cuda else int(offsets.diff().max()), lam * gamma, out=scanned)
-    if scanned is not advantages:
-        advantages.copy_(scanned)
+    if device.type == "cuda":
+        advantages.copy_(scanned[:N])
     if alpha == 1.0:
-        torch.add(Q[:N], advantages[:N], out=returns[:N])
+        torch.add(Q, advantages, out=returns)
     else:
-        torch.addcmul(Q[:N], advantages[:N], _scalar(alpha, dtype, device), out=returns[:N])
+        torch.addcmul(Q, advantages, _scalar(alpha, dtype, device), out=returns)
     work[:, N:] = 0.0
     if home is not None:
         buffer[:, N:] = 0.0
@@ -131,7 +132,7 @@ def _td_errors(
     per_token: bool,
     tau: float,
     gamma: float,
-    Q: Tensor,  # (N + spare,), written
+    Q: Tensor,  # (N,), written
     td_errors: Tensor,  # (N + spare,), written, with 0 in the spare slots
 ) -> None:
     """Q = τℓ + V and δ = γV' − V − τℓ + r.
@@ -140,7 +141,7 @@ def _td_errors(
     at λγ = 1 the loss adds up over the sequence.
     """
     N = V.shape[0]
-    inner = td_errors[: N - 1]
+    valid, inner = td_errors[:N], td_errors[: N - 1]
     if gamma == 1.0:
         torch.sub(V[1:], V[:-1], out=inner)
     else:
@@ -148,12 +149,12 @@ def _td_errors(
     end_value = V[last if isinstance(last, slice) else last.clamp(max=N - 1)]
     td_errors[last] = -end_value if bootstrap is None else gamma * bootstrap - end_value
     if log_ratio is None:
-        Q[:N].copy_(V)
+        Q.copy_(V)
     else:
-        torch.addcmul(V, log_ratio, _scalar(tau, V.dtype, V.device), out=Q[:N])
-        td_errors[:N].addcmul_(log_ratio, _scalar(-tau, V.dtype, V.device))
+        torch.addcmul(V, log_ratio, _scalar(tau, V.dtype, V.device), out=Q)
+        valid.addcmul_(log_ratio, _scalar(-tau, V.dtype, V.device))
     if per_token:
-        td_errors[:N] += r
+        valid.add_(r)  # `+=` of a slice would copy the result to itself: one more pass
     else:
         td_errors[last] += r
     td_errors[N:] = 0.0

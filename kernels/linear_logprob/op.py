@@ -18,7 +18,7 @@ from ..checks import (
     refuse_double_backward,
     resolve_impl,
 )
-from ..log_ratio.op import target_softmax_
+from ..log_ratio.op import target_softmax_, tile_rows
 from . import reference
 
 BLOCK_SIZE = 2**22  # numbers that are converted at a time: 16 MiB in float32
@@ -158,7 +158,7 @@ def head_pass(
     row_gradient(logprobs, chunk) gives ∂loss/∂log π of the tokens in `chunk`; the gradients follow in the same visit:
     2·n·V·D floating-point operations for the logits and for each of the two large gradients. Everything is summed
     and returned in float32 (float64 where hidden or weight is float64), whatever torch.autocast says; a gradient not
-    asked for comes back with no elements. Memory: one chunk of logits (two with softcap and "torch") and the gradients.
+    asked for comes back with no elements. Memory: one chunk of logits and the gradients.
     A row that is not valid may hold anything; its log π and its gradients are 0, if row_gradient's are.
 
     "torch" multiplies in float32. "triton" multiplies 16-bit operands as they are, on CUDA; of bfloat16 ones, E and
@@ -182,7 +182,9 @@ def head_pass(
     # With "triton" the rows start at multiples of 16 bytes, in bfloat16 too, as the fast matrix products want them.
     columns = -(-vocab // 8) * 8 if triton else vocab
     buffer = torch.empty(chunk_size, columns, dtype=dtype, device=device)[:, :vocab]
-    slopes = torch.empty_like(buffer) if softcap is not None and row_gradient is not None and not triton else None
+    slopes = None
+    if softcap is not None and row_gradient is not None and not triton:
+        slopes = torch.empty_like(buffer[: tile_rows(vocab, device)])
     inner = 1 / (temperature if softcap is None else softcap)
     scaled_bias = None if bias is None or triton else bias.to(dtype) * inner
     if triton:
@@ -229,20 +231,24 @@ def _row_pass_(
     bias: Tensor | None,  # (V,), divided by the same number
     softcap: float | None,
     temperature: float,
-    slopes: Tensor | None,  # like logits or larger; needed for gradients through the softcap
+    slopes: Tensor | None,  # (tile_rows, V); needed for gradients through the softcap
 ) -> tuple[Tensor, Tensor]:  # (n,), (n,)
     """In PyTorch what target_softmax_ of ../log_ratio/kernel.py does: log π(a) and total."""
-    if bias is not None:
-        logits += bias
-    if softcap is not None:
-        logits.tanh_()
+    size = tile_rows(logits.shape[1], logits.device)
+    parts = []
+    for tile, tile_tokens in zip(logits.split(size), tokens.split(size), strict=True):
+        if bias is not None:
+            tile += bias
+        if softcap is not None:
+            tile.tanh_()
+            if slopes is not None:
+                torch.square(tile, out=slopes[: len(tile)])
+            tile.mul_(softcap / temperature)
+        parts.append(target_softmax_(tile, tile_tokens))
         if slopes is not None:
-            torch.square(logits, out=slopes[: len(logits)])
-        logits.mul_(softcap / temperature)
-    logprobs, total = target_softmax_(logits, tokens)
-    if slopes is not None:
-        logits.addcmul_(logits, slopes[: len(logits)], value=-1)  # d tanh = 1 − tanh²
-    return logprobs, total
+            tile.addcmul_(tile, slopes[: len(tile)], value=-1)  # d tanh = 1 − tanh²
+    logprobs, totals = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(totals)
 
 
 # The three matrix products. Where PyTorch does not multiply two operands as they are, they are converted, a block of

@@ -113,12 +113,17 @@ def _chunks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]
     if logits.dim() == 1:
         logits = logits.unsqueeze(0)
     lead, vocab, dtype = logits.shape[:-1], logits.shape[-1], compute_dtype(logits)
-    # 4 MiB on CPU, so that the passes over a chunk find it in the cache (1.4 times as fast as 128 MiB in bfloat16).
-    size = max(1, (2**20 if logits.device.type == "cpu" else 2**26) // vocab)
+    size = tile_rows(vocab, logits.device)
     for start in range(0, lead.numel(), size):
         rows = slice(start, min(start + size, lead.numel()))
         chunk = logits[_row_index(rows, logits)].to(dtype)
         yield rows, chunk if temperature == 1 else chunk.div_(temperature)
+
+
+def tile_rows(vocab: int, device: torch.device) -> int:
+    """How many rows of logits to pass over together: on CPU 4 MiB of float32, which all passes after the first find in
+    the cache. That is 1.4 times as fast as 128 MiB in bfloat16."""
+    return max(1, (2**20 if device.type == "cpu" else 2**26) // vocab)
 
 
 def _row_index(rows: slice, logits: Tensor) -> tuple[Tensor, ...]:
