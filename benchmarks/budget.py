@@ -14,9 +14,12 @@ PAPER_GPU_HOURS = 4 * (5 + 16 / 60)  # Table 3 of arXiv 2508.17000: 5 h 16 on TL
 # Assumed of every machine.
 HOST_SECONDS = 0.3  # of a batch: tokenizing, decoding texts, bookkeeping, with the GPU idle
 STEP_SECONDS = 1e-3  # of a decoding step beside the bytes: a replayed graph of some 200 kernels, and sampling
-MICROBATCH_TOKENS = 16_384
+MICROBATCH_TOKENS = 16_384  # Config's
 GPUS_IN_A_NODE = 8
 GPUS = (1, 4, 8, 16, 64)
+
+
+Held = dict[str, float]  # bytes, by what holds them
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ TLDR = Batch(rows=192, prompt=310, longest=512, response=53)
 
 
 def flops(model: Model, batch: Batch) -> dict[str, float]:
-    """Of our loop, by phase: no padding but in generation, and the head at response tokens only."""
+    """Of our loop, by phase: no padding but in the cache, and the head at response tokens only."""
     responses, length = batch.rows * batch.response, batch.prompt + batch.response
     forward = model.trunk_flops(batch.tokens, length)
     with_head = forward + model.head_flops(responses)
     return {
-        **generation_flops(model, batch),
+        **generation_flops(model, batch, batch.prompt),
         "score": forward,
         "log-probs": 2 * with_head,  # policy and reference, once each; the values come with the policy's
         "update": batch.epochs * 3 * with_head,
@@ -107,18 +110,19 @@ def trl_flops(model: Model, batch: Batch) -> dict[str, float]:
     forward = model.trunk_flops(batch.padded_tokens, batch.longest + batch.response)
     with_head = forward + model.head_flops(batch.padded_tokens)
     return {
-        **generation_flops(model, batch),
+        **generation_flops(model, batch, batch.longest),
         "score": forward,
         "log-probs": with_head + forward,  # reference and value model; the policy's are those of generation
         "update": batch.epochs * 3 * (with_head + forward),
     }
 
 
-def generation_flops(model: Model, batch: Batch) -> dict[str, float]:
-    """The prompts in one pass, padded, and a step a token; the prompts' pass makes the first token."""
+def generation_flops(model: Model, batch: Batch, prompt: float) -> dict[str, float]:
+    """A pass over prompts of so many tokens, with padding or without, and a step a token but the first, which the
+    prompts' pass makes."""
     steps = batch.response - 1
     return {
-        "prefill": model.trunk_flops(batch.rows * batch.longest, batch.longest) + model.head_flops(batch.rows),
+        "prefill": model.trunk_flops(batch.rows * prompt, prompt) + model.head_flops(batch.rows),
         # A step looks back at everything: twice the causal average.
         "decode": model.trunk_flops(batch.rows * steps, 2 * (batch.longest + batch.response))
         + model.head_flops(batch.rows * steps),
@@ -137,17 +141,16 @@ def seconds(model: Model, batch: Batch, machine: Machine, gpus: int) -> dict[str
     bandwidth = machine.bandwidth * machine.bandwidth_share
     step_bytes = 2.0 * (model.trunk + model.head) + cache_bytes(model, batch) / gpus
     microbatches = math.ceil(batch.tokens / gpus / MICROBATCH_TOKENS)
-    # Of a parameter the optimizer's step moves 28 bytes (Adam), the gradient's norm 4 and clipping 8.
-    optimizer = batch.epochs * 40.0 * model.parameters / gpus / bandwidth
+    # Of a parameter Adam moves 28 bytes, the gradient's norm 4, clipping 8 and the new weight in bf16 6; and each
+    # microbatch 20 of its gradient: written in bf16, made float32 and added to what is there.
+    optimizer = batch.epochs * (46.0 / gpus + 20.0 * microbatches) * model.parameters / bandwidth
     return {
         "rollout": work["prefill"] / forward + (batch.response - 1) * (STEP_SECONDS + step_bytes / bandwidth),
         "score": work["score"] / forward,
         "log-probs": work["log-probs"] / forward,
         "update": work["update"] / training + optimizer,
-        # A microbatch gathers bf16 weights and scatters float32 gradients; the actor gets the float32 weights.
-        "communication": exchange_seconds(
-            (batch.epochs * microbatches * (2 + 4) + 4) * model.parameters, machine, gpus
-        ),
+        # A step scatters float32 gradients and gathers the new weights in bf16.
+        "communication": batch.epochs * exchange_seconds((4 + 2) * model.parameters, machine, gpus),
         "host": HOST_SECONDS,
     }
 
@@ -159,34 +162,49 @@ def exchange_seconds(size: float, machine: Machine, gpus: int) -> float:
     return max(inside, between / GPUS_IN_A_NODE)
 
 
-def memory(model: Model, batch: Batch, gpus: int, microbatch_tokens: int = MICROBATCH_TOKENS) -> dict[str, float]:
-    """Bytes on each GPU, by what holds them at the peak, which is in the update.
+def memory(model: Model, batch: Batch, gpus: int, microbatch_tokens: int = MICROBATCH_TOKENS) -> dict[str, Held]:
+    """Bytes on each GPU, by what holds them, in the phases that hold the most.
 
     Of activations a block keeps 34·D bytes a token in bf16, and the loss the head's gradient and a chunk of logits.
+    Prompts are read a microbatch at a time, with keys and values of their own until these are put into the cache, and
+    25·D bytes a token of one layer's activations.
     """
-    size = float(model.parameters)
+    size, tokens = float(model.parameters), min(microbatch_tokens, batch.tokens / gpus)
+    stay = {"weights in bf16": 2 * size, "reference, reward model": 2 * 2 * size}
     return {
-        "weights, gradients, moments": 16 * size / gpus,  # float32
-        "weights in bf16": 2 * size,
-        "actor, reference, reward model": 3 * 2 * size,
-        "cache of the rollout": cache_bytes(model, batch) / gpus,  # kept for the next batch, with its graphs
-        "activations": 34.0 * model.hidden * model.layers * min(microbatch_tokens, batch.tokens / gpus),
-        "logits": 4.0 * model.head + 4.0 * 2048 * model.vocab,
+        "update": {
+            "weights, gradients, moments": (4 + 8) * size / gpus + 4 * size,  # float32
+            **stay,
+            "keys and values": 0.0,
+            "activations": 34.0 * model.hidden * model.layers * tokens,
+            "logits": 4.0 * model.head + 4.0 * 2048 * model.vocab,
+        },
+        "rollout": {
+            "weights, gradients, moments": (4 + 8) * size / gpus,
+            **stay,
+            "keys and values": cache_bytes(model, batch) / gpus + 4.0 * model.layers * model.hidden * tokens,
+            "activations": 25.0 * model.hidden * tokens,
+            "logits": 8.0 * model.vocab * batch.rows / gpus,
+        },
     }
 
 
-def trl_memory(model: Model, microbatch_tokens: int) -> dict[str, float]:
-    """TRL's on one GPU, in bf16 autocast, with frozen models in bf16 (which is not its default)."""
+def trl_memory(model: Model, microbatch_tokens: int) -> Held:
+    """TRL's update on one GPU, in bf16 autocast, with frozen models in bf16 (which is not its default)."""
     size = float(model.parameters)
     return {
         "weights, gradients, moments": 2 * 16 * size,  # policy and value model
         "weights in bf16": 2 * 2 * size,  # autocast's copies
-        "actor, reference, reward model": 2 * 2 * size,
-        "cache of the rollout": 0,
+        "reference, reward model": 2 * 2 * size,
+        "keys and values": 0.0,
         "activations": 2 * 34.0 * model.hidden * model.layers * microbatch_tokens,
         # In bf16, in float32, and the gradient of that, of all tokens; and generation's.
         "logits": 10.0 * model.vocab * microbatch_tokens,
     }
+
+
+def most(held: dict[str, Held]) -> float:
+    return max(sum(each.values()) for each in held.values())
 
 
 def limit(found: dict[str, float]) -> str:
@@ -223,15 +241,15 @@ def tables() -> str:
                     f"{gpus * hours:.1f}",
                     f"1/{PAPER_GPU_HOURS / (gpus * hours):.1f}",
                     limit(found),
-                    f"{sum(memory(model, batch, gpus).values()) / 1e9:.0f}",
+                    f"{most(memory(model, batch, gpus)) / 1e9:.0f}",
                 ]
             )
     # Microbatches as benchmarks/train_step.py's on a GPU: 16 padded rows.
     tokens = 16 * (batch.longest + batch.response)
-    ours_held, theirs_held = memory(model, batch, 1, tokens), trl_memory(model, tokens)
-    held = [["GB on one GPU, in the update", "klq_fast", "TRL's PPO"]]
-    held += [[name, f"{size / 1e9:.1f}", f"{theirs_held[name] / 1e9:.1f}"] for name, size in ours_held.items()]
-    held.append(["together", *(f"{sum(each.values()) / 1e9:.0f}" for each in (ours_held, theirs_held))])
+    columns = [*memory(model, batch, 1, tokens).values(), trl_memory(model, tokens)]
+    held = [["GB on one GPU", *(f"klq_fast, {phase}" for phase in ("update", "rollout")), "TRL's PPO, update"]]
+    held += [[name, *(f"{column[name] / 1e9:.1f}" for column in columns)] for name in columns[0]]
+    held.append(["together", *(f"{sum(column.values()) / 1e9:.0f}" for column in columns)])
     return "\n\n".join(map(markdown_table, (work, phases, held, scaling)))
 
 

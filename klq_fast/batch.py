@@ -179,7 +179,7 @@ class Sequences:
 
     def pad(self, x: Tensor) -> Tensor:  # (S, …) -> (B, longest, …), 0 on the right
         size = len(self.lengths) * self.longest
-        return x.new_zeros(size, *x.shape[1:]).index_copy(0, self.slots, x).unflatten(0, (-1, self.longest))
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, self.slots, x).unflatten(0, (-1, self.longest))
 
     def unpad(self, x: Tensor) -> Tensor:  # (B, longest, …) -> (S, …)
         return x.flatten(0, 1).index_select(0, self.slots)

@@ -1,53 +1,54 @@
 """Decoding: samples exactly from softmax(logits / temperature), token by token, for a batch of prompts."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from .batch import to_device
+from .batch import Sequences, microbatches, to_device
 from .models import Policy
 
 SIZES = 4  # a batch shrinks to the rows left in steps of a quarter, so that few shapes of tensors occur
-COLUMNS = 64  # on CUDA the cache is as long as a multiple of this, so that batches share its captured steps
 
 
 def decode(
-    decoder: "Decoder",
+    policy: Policy,
     prompt_tokens: Tensor,  # (B, P) int64, padded on the left
     prompt_lengths: Tensor,  # (B,) int64, on the CPU
     length: int,
     stops: Sequence[int],
     pad: int,
     numbers: Tensor | None,  # (B, length) float64 in [0, 1); None: the likeliest tokens
+    max_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T) int64; (B,) int64 and (B,) bool, on the CPU
     """Responses of at most `length` tokens, their lengths with the stop token counted, and whether they ended with one.
 
     A row's response depends on its prompt and its numbers alone (beyond rounding). The batch shrinks as rows end.
+    `max_tokens` of prompts are read at a time; a model that `packing` leaves as it is reads all of them at once.
     """
     device, (size, _) = prompt_tokens.device, prompt_tokens.shape
     tokens = prompt_tokens.new_full((size, length), pad)
     rows = torch.arange(size, device=device)  # whose response each row of the batch is
     going = torch.ones(size, dtype=torch.bool, device=device)
     stop_tokens = torch.tensor(stops, device=device)
-    scores = decoder.begin(prompt_tokens, prompt_lengths, length)
+    decoder = Decoder(policy)
+    scores = decoder.begin(prompt_tokens, prompt_lengths, length, max_tokens)
     for t in range(length):
-        token = scores.argmax(-1) if numbers is None else sample(scores, numbers[rows, t], decoder.policy.temperature)
+        token = scores.argmax(-1) if numbers is None else sample(scores, numbers[rows, t], policy.temperature)
         tokens[rows, t] = token
         going = going & ~torch.isin(token, stop_tokens)
         left = int(going.sum())  # the host waits for the device here, once a token
         if left == 0 or t == length - 1:
             break
-        if decoder.policy.packed and (fitting := _fitting(left, size)) < len(rows):
+        if policy.packed and (fitting := _fitting(left, size)) < len(rows):
             kept = going.int().argsort(descending=True, stable=True)[:fitting]
             rows, going, token = rows[kept], going[kept], token[kept]
             decoder.keep(kept)
         scores = decoder.step(token)
-    decoder.end()
 
     is_stop = np.isin(tokens.cpu().numpy(), stops)
     ended = is_stop.any(1)
@@ -77,7 +78,7 @@ def next_logits(policy: Policy, hidden: Tensor) -> Tensor:  # (B, D) -> (B, V), 
     head: nn.Linear = policy.model.get_output_embeddings()  # type: ignore[assignment]
     if head.weight.dtype in (torch.float32, torch.float64):
         logits = head(hidden.to(head.weight.dtype))
-    elif hidden.is_cuda:
+    elif hidden.device.type != "cpu":
         logits = torch.mm(hidden.to(head.weight.dtype), head.weight.T, out_dtype=torch.float32)
         logits = logits if head.bias is None else logits + head.bias
     else:
@@ -87,108 +88,119 @@ def next_logits(policy: Policy, hidden: Tensor) -> Tensor:  # (B, D) -> (B, V), 
 
 
 class Decoder:
-    """Runs a policy over a batch of prompts, then a token of each row at a time, and holds the keys and values.
+    """Runs a policy over one batch of prompts, then a token of each row at a time, and holds the keys and values.
 
-    They stand in a cache of fixed size, so that a step copies none of them and has the same shapes and addresses as
-    the one before. On CUDA that lets it be captured once for each number of rows and replayed from then on: kernel by
-    kernel the host takes longer to launch the step of a 1B model than the GPU to compute it. So the cache is kept for
-    the next batch there: rows · columns · layers · 2 · (heads of keys · their size) numbers.
+    They stand in a cache of fixed size, rows · columns · layers · 2 · (heads of keys · their size) numbers, so that a
+    step copies none of them and has the same shapes and addresses as the one before. On CUDA that lets it be captured
+    once for each number of rows and replayed from then on: kernel by kernel the host takes longer to launch the step of
+    a 1B model than the GPU to compute it. A capture costs about one such launch. Cache and captured step go with the
+    batch: the update needs the memory, 14 GB of 192 rows of 565 tokens in Pythia-1B's case.
 
     Models that `packing` leaves as they are get a cache that grows.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by number of rows: a step, and its logits
-        self.rows = self.used = 0  # of the present batch; columns of the cache
-        self.tokens = self.positions = self.seen = torch.empty(0, 0)
+        self.capturable = policy.packed and not _waits_in_a_step(policy.model.config.get_text_config())
+        self.graph: torch.cuda.CUDAGraph | None = None  # the captured step of the present rows
         self.cache: Cache | None = None
+        self.used = 0  # columns of the cache
+        self.tokens = self.positions = self.seen = self.logits = torch.empty(0, 0)
 
     @torch.no_grad()
-    def begin(self, prompt_tokens: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:  # -> (B, V) logits
-        """Reads the prompts, leaving room for `length` more tokens."""
-        self.rows, self.used = prompt_tokens.shape
-        device, columns = prompt_tokens.device, np.arange(self.used)
-        self._reserve(self.rows, self.used + length, device)
-        before = self.used - prompt_lengths.numpy()[:, None]
-        positions = to_device((columns - before).clip(0), device)
-        self.seen[: self.rows, : self.used] = to_device(columns >= before, device)
-        self.positions[: self.rows] = positions[:, -1:]
-        return self._logits(prompt_tokens, self.seen[: self.rows, : self.used].long(), positions)
+    def begin(
+        self, prompt_tokens: Tensor, prompt_lengths: Tensor, length: int, max_tokens: int
+    ) -> Tensor:  # (B, P), (B,) on the CPU -> (B, V) logits
+        """Reads the prompts, packed and `max_tokens` at a time, and leaves room for `length` more tokens."""
+        device, lengths = prompt_tokens.device, prompt_lengths.numpy()
+        size, self.used = prompt_tokens.shape
+        columns = np.arange(self.used + length)
+        seen = (columns >= self.used - lengths[:, None]) & (columns < self.used)
+        self.seen = to_device(seen, device)  # (B, columns)
+        self.positions = to_device(lengths[:, None] - 1, device)  # (B, 1) of the last token
+        self.tokens = torch.zeros_like(self.positions)  # (B, 1)
+        config = self.policy.model.config
+        if not self.policy.packed:
+            self.cache = DynamicCache(config=config)
+            seen = seen[:, : self.used]
+            positions = to_device((seen.cumsum(1) - 1).clip(0), device)
+            return self._logits(prompt_tokens, to_device(seen.astype(np.int64), device), positions)
+        self.cache = StaticCache(config, max_cache_len=len(columns))
+        parts = [np.array(rows) for rows in microbatches(lengths.tolist(), [0] * size, max_tokens, packed=True)]
+        states = torch.cat([self._read(prompt_tokens, seen[:, : self.used], rows) for rows in parts])
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(self.used)
+        return next_logits(self.policy, states.index_select(0, to_device(np.concatenate(parts).argsort(), device)))
+
+    def _read(self, prompt_tokens: Tensor, seen: NDArray[np.bool_], rows: NDArray[np.int64]) -> Tensor:  # (b, D)
+        """Reads these rows' prompts, packed, and puts their keys and values into the cache; their last states."""
+        device, size = prompt_tokens.device, len(prompt_tokens)
+        places = np.nonzero(seen[rows])  # row by row, as they are packed
+        at, column = to_device(rows[places[0]], device), to_device(places[1], device)
+        sequences, read = Sequences(seen[rows].sum(1), device), DynamicCache(config=self.policy.model.config)
+        output = self.policy.model.base_model(
+            input_ids=prompt_tokens[at, column][None], past_key_values=read, use_cache=True, **sequences.model_inputs()
+        )
+        assert self.cache is not None
+        layers: list[tuple[Any, Any]] = list(zip(self.cache.layers, read.layers, strict=True))
+        for layer, new in layers:
+            if not layer.is_initialized:  # of all rows' shape: (B, heads, columns, size of a head)
+                layer.lazy_initialization(*(x[:, :, :0].expand(size, -1, -1, -1) for x in (new.keys, new.values)))
+            layer.keys[at, :, column] = new.keys[0].transpose(0, 1)
+            layer.values[at, :, column] = new.values[0].transpose(0, 1)
+        return output.last_hidden_state[0].index_select(0, sequences.bounds[1:] - 1)
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:  # (B,) -> (B, V), overwritten by the next step
         """Reads one more token of each row."""
-        self.tokens[: self.rows] = token[:, None]
-        self.positions[: self.rows] += 1
-        self.seen[: self.rows, self.used] = True
+        self.tokens.copy_(token[:, None])
+        self.positions += 1
+        self.seen[:, self.used] = True
         self.used += 1
-        if self.rows in self.graphs:
-            graph, logits = self.graphs[self.rows]
-            graph.replay()
-            return logits
+        if self.graph is not None:
+            self.graph.replay()
+            return self.logits
         logits = self._step()
-        if token.is_cuda and self.policy.packed:  # everything that runs in it for the first time has done so
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.graphs[self.rows] = graph, self._step()
+        if token.is_cuda and self.capturable:  # everything that runs in it for the first time has done so
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._step()
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows alone, moved to the front of the cache."""
+        """Goes on with these rows alone."""
         assert isinstance(self.cache, StaticCache)
-        self.rows = len(rows)
+        self.graph = None  # which knows the addresses of what is replaced here
+        self.tokens, self.positions, self.seen = (x[rows] for x in (self.tokens, self.positions, self.seen))
         layers: list[Any] = self.cache.layers
-        for x in (self.positions, self.seen, *(x for layer in layers for x in (layer.keys, layer.values))):
-            x[: self.rows] = x[rows]
-
-    def end(self) -> None:
-        """The batch is done."""
-        if not self.seen.is_cuda:
-            self.cache = None
-
-    def _reserve(self, rows: int, columns: int, device: torch.device) -> None:
-        """An empty cache that holds these rows and columns: the last one, where it does."""
-        held = self.seen.shape
-        if isinstance(self.cache, StaticCache) and rows <= held[0] and columns <= held[1]:
-            self.cache.reset()
-            self.seen.zero_()
-            return
-        self.cache = None  # freed before there is a new one
-        self.graphs.clear()
-        if device.type == "cuda":
-            columns = -(-max(columns, held[1]) // COLUMNS) * COLUMNS
-        config = self.policy.model.config
-        self.cache = StaticCache(config, max_cache_len=columns) if self.policy.packed else DynamicCache(config=config)
-        self.tokens, self.positions = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
-        self.seen = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        for layer in layers:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                held[: len(rows)] = held[rows]
+                setattr(layer, name, held[: len(rows)])
 
     def _step(self) -> Tensor:
         # A mask of four dimensions is taken as it is; other models make theirs, of windows for instance, of this one.
-        seen = self.seen[: self.rows]
-        mask = seen[:, None, None] if self.policy.packed else seen[:, : self.used].long()
-        return self._logits(self.tokens[: self.rows], mask, self.positions[: self.rows])
+        mask = self.seen[:, None, None] if self.policy.packed else self.seen[:, : self.used].long()
+        return self._logits(self.tokens, mask, self.positions)
 
     def _logits(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self.policy.model.base_model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._front(),
+            past_key_values=self.cache,
             use_cache=True,
         )
         return next_logits(self.policy, output.last_hidden_state[:, -1])
 
-    def _front(self) -> Cache | None:
-        """The cache of the present rows, which are the first: the same memory."""
-        if not isinstance(self.cache, StaticCache) or self.rows == len(self.seen):
-            return self.cache
-        front = copy.copy(self.cache)
-        front.layers = [copy.copy(layer) for layer in self.cache.layers]
-        layers: list[Any] = front.layers
-        for layer in layers:
-            layer.keys, layer.values, layer.batch_size = layer.keys[: self.rows], layer.values[: self.rows], self.rows
-        return front
+
+def _waits_in_a_step(config: PreTrainedConfig) -> bool:
+    """Whether the frequencies of rotary positions follow the longest text, which the host reads from the device."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]  # some have them by kind of layer
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 def _fitting(left: int, size: int) -> int:

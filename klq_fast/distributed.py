@@ -2,7 +2,9 @@
 
 Small things are replicated: every process knows all prompts, holds the whole batch of rollouts, and draws the same
 random numbers. Work is shared by `share`, which gathers the results and lets an error of one process be raised by all.
-What is sharded are the trained parameters, their gradients and the optimizer's state.
+The policy is whole in every process too; what is sharded are its master weights, which are trained, and the optimizer's
+state. So a process computes alone, on its own rows, and meets the others in a few places only: where results are
+gathered, gradients summed and new weights handed out. One that runs out of memory in between can start again.
 """
 
 import copy
@@ -11,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
-from . import batch
 from .batch import ON_HOST, Rollout
 from .config import InputError
 from .options import blocks
@@ -46,8 +47,7 @@ _world = World(0, 1, torch.device("cpu"))
 
 def start(threads: int | None) -> World:
     """Joins the processes that torchrun or accelerate launch started, with a group that fits the device: NCCL for CUDA
-    tensors, gloo for those of the CPU. Without a launcher this process is alone; then CUDA gets a group of one, which
-    FSDP2 wants, and the CPU none.
+    tensors, gloo for those of the CPU. Without a launcher this process is alone, and there is no group.
 
     Raises:
         InputError: more processes on this machine than it has GPUs.
@@ -66,12 +66,12 @@ def start(threads: int | None) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if (size > 1 or device.type == "cuda") and not dist.is_initialized():
-        store = next(dist.rendezvous("env://"))[0] if size > 1 else dist.HashStore()
+    if size > 1 and not dist.is_initialized():
+        store = next(dist.rendezvous("env://"))[0]
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend if size > 1 else "nccl", store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         _world = World(rank, size, device, dist.PrefixStore("klq_fast", store))
-    elif not dist.is_initialized():
+    elif size == 1:
         _world = World(0, 1, device)
     return _world
 
@@ -141,30 +141,50 @@ def partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
 def share(sizes: Sequence[int], work: Callable[[list[int]], T]) -> tuple[list[int], list[T]]:
     """Every process does the work for some rows, alike in the sum of their sizes, and gets the results of all.
 
-    The processes need not do equally much: nothing in `work` may be collective. Not called for no rows.
+    The processes need not do equally much: nothing in `work` may be collective. Not called for no rows. Where it runs
+    out of memory it is called again, for half of the rows at a time, which must not change their results.
 
     Returns:
-        The rows in the order of the results, and the results: one of each process that had rows.
+        The rows in the order of the results, and the results: one of each call of `work`.
     Raises:
-        InputError: of whichever process, on all of them.
+        InputError: of whichever process, on all of them; or memory does not suffice for a single row.
     """
-    if _world.size == 1:
-        rows = list(range(len(sizes)))
-        return rows, [work(rows)]
-    shares = partition(sizes, _world.size)
-    outcome: T | InputError | None = None
+    mine = partition(sizes, _world.size)[_world.rank]
+    outcome: list[tuple[list[int], T]] | InputError = []
     try:
-        if shares[_world.rank]:
-            outcome = work(shares[_world.rank])
+        if mine:
+            outcome = _in_memory(mine, work)
     except InputError as error:
         outcome = error
-    outcomes: list[Any] = [None] * _world.size
-    dist.all_gather_object(outcomes, outcome)
-    for result in outcomes:
-        if isinstance(result, InputError):
-            raise result
-    done = [(rows, result) for rows, result in zip(shares, outcomes, strict=True) if rows]
+    except torch.OutOfMemoryError as error:
+        outcome = InputError(f"out of memory with a single row: {_first_line(error)}")
+    outcomes: list[Any] = [outcome]
+    if _world.size > 1:
+        outcomes = [None] * _world.size
+        dist.all_gather_object(outcomes, outcome)
+    for each in outcomes:
+        if isinstance(each, InputError):
+            raise each
+    if is_first() and (parts := max(map(len, outcomes))) > 1:
+        print(f"out of memory: {max(map(len, partition(sizes, _world.size)))} rows are done in {parts} parts")
+    done = [call for each in outcomes for call in each]
     return [row for rows, _ in done for row in rows], [result for _, result in done]
+
+
+def _in_memory(rows: list[int], work: Callable[[list[int]], T]) -> list[tuple[list[int], T]]:
+    """The rows of each call of `work`, and what it returned."""
+    try:
+        return [(rows, work(rows))]
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.cuda.empty_cache()  # out here, where the exception and with it the tensors of the failed call are gone
+    middle = len(rows) // 2
+    return [*_in_memory(rows[:middle], work), *_in_memory(rows[middle:], work)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def share_rows(sizes: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
@@ -177,7 +197,8 @@ def share_rows(sizes: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -
 def share_rollout(sizes: Sequence[int], work: Callable[[list[int]], Rollout]) -> Rollout:
     """`share` for work that makes the rows' part of a batch: the whole batch, in the order of the rows."""
     if _world.size == 1:
-        return work(list(range(len(sizes))))
+        rows, parts = share(sizes, work)
+        return parts[0] if len(parts) == 1 else _joined(parts)
     rows, parts = share(sizes, lambda mine: _to(work(mine), torch.device("cpu")))
     order = torch.empty(len(rows), dtype=torch.int64)
     order[torch.tensor(rows)] = torch.arange(len(rows))
@@ -205,20 +226,13 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
 def microbatches(minibatch: Rollout, max_tokens: int, packed: bool) -> list[tuple[Tensor, float]]:
     """This process's microbatches of a minibatch that all hold: row indices (on the CPU), and the loss's weight.
 
-    FSDP averages gradients over the processes, so the weight is their number; and it wants equally many microbatches
-    of each, so a process with fewer adds some of one short row and weight 0.
+    The weight is 1; a process that has no rows gets the shortest one with weight 0, to know what the loss consists of.
     """
-    if _world.size == 1:
-        return [(rows, 1.0) for rows in minibatch.microbatches(max_tokens, packed=packed)]
-    prompts, responses = minibatch.prompt_lengths, minibatch.response_lengths
     sizes = row_sizes(minibatch)
-    plans = []
-    for rows in partition(sizes, _world.size):
-        parts = batch.microbatches(prompts[rows].tolist(), responses[rows].tolist(), max_tokens, packed=packed)
-        plans.append([[rows[i] for i in part] for part in parts])
-    mine = [(torch.tensor(rows), float(_world.size)) for rows in plans[_world.rank]]
-    idle = (torch.tensor([sizes.index(min(sizes))]), 0.0)
-    return mine + [idle] * (max(map(len, plans)) - len(mine))
+    mine = torch.tensor(partition(sizes, _world.size)[_world.rank], dtype=torch.int64)
+    if not len(mine):
+        return [(torch.tensor([sizes.index(min(sizes))]), 0.0)]
+    return [(mine[rows], 1.0) for rows in minibatch.rows(mine).microbatches(max_tokens, packed=packed)]
 
 
 def row_sizes(rollout: Rollout) -> list[int]:
@@ -226,47 +240,70 @@ def row_sizes(rollout: Rollout) -> list[int]:
     return (rollout.prompt_lengths + rollout.response_lengths).tolist()
 
 
-# FSDP2.
+# What computes, and what is trained.
 
 
-def sharded(policy: "Policy") -> tuple["Policy", "Policy"]:
-    """The policy to train, and the actor: the policy that generates and is measured, which `refresh` keeps the same.
+def sharded(loaded: "Policy", device: torch.device) -> tuple["Policy", "Policy"]:
+    """The policy that computes, and the master weights: a policy that does not, but is trained, saved and exported.
 
-    On the CPU in one process both are the policy given. Otherwise it is sharded in place (FSDP2), parameters,
-    gradients and optimizer state in float32; on CUDA it computes in bfloat16, the value head excepted. The actor is a
-    whole and plain copy, on CUDA in bfloat16: its weights stay in one place, which CUDA graphs want, and nothing that
-    is done with it is collective, so that processes may generate for as long as each of them needs.
+    loaded: in float32, on the CPU; it becomes the master weights. On the CPU in one process they are the policy too.
+
+    Otherwise the policy is a whole and plain copy on `device`, on CUDA in bfloat16 but for the value head, with
+    gradients in float32. It generates, is measured and makes the gradients (mixed precision; arXiv 1710.03740).
+    `collect_gradients` hands these to the master weights and `refresh` brings back what the optimizer made of them.
+    The master weights are in float32 on `device`, but for frozen ones, which stay on the CPU until they are exported;
+    of several processes each has a part of them, of their gradients and of the optimizer's state, as FSDP2 lays it out.
+    FSDP2's own way to compute, which gathers weights and scatters gradients within each forward and backward pass, is
+    not used: a process that ran out of memory there would leave the others waiting, and before torch 2.13 FSDP2 itself
+    in a state that it cannot leave.
     """
-    if _world.size == 1 and _world.device.type == "cpu":
-        return policy, policy
-    from .models import frozen
+    from . import models
 
-    actor = frozen(copy.deepcopy(policy))
-    mesh = init_device_mesh(_world.device.type, (_world.size,))
-    cuda = _world.device.type == "cuda"
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
-    # Activations are in bf16 from the embedding on; a batch's returns and log-probs are to keep their precision.
-    half = replace(half, cast_forward_inputs=False)
-    for block in blocks(policy.model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=half)
-    fully_shard(policy.value_head, mesh=mesh, reshard_after_forward=False)  # float32
-    # Embedding, last norm and head, tied or not, are one group, whole wherever `Policy.forward` needs them.
-    fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=half)
-    return policy, actor
-
-
-def usable_after_error(policy: "Policy") -> bool:
-    """Whether a policy whose forward or backward pass raised can go on: a sharded one keeps that pass's gradients."""
-    return not isinstance(policy, FSDPModule)
+    if _world.size == 1 and models.compute_dtype(device) == torch.float32:
+        return loaded.to(device), loaded
+    policy = models.to_compute(copy.deepcopy(loaded), device)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+    if _world.size == 1:
+        for parameter in loaded.parameters():
+            if parameter.requires_grad:
+                torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().to(device)))
+        return policy, loaded
+    mesh = init_device_mesh(device.type, (_world.size,))
+    frozen = {parameter for parameter in loaded.parameters() if not parameter.requires_grad}
+    # Block by block, as each comes to the device whole before it is cut; then what is left.
+    for module in (*blocks(loaded.model), loaded):
+        fully_shard(module, mesh=mesh, ignored_params=frozen)
+    return policy, loaded
 
 
 @torch.no_grad()
-def refresh(actor: "Policy", policy: "Policy") -> None:
-    """Gives the actor the policy's weights, one at a time."""
-    if actor is not policy:
-        for copied, parameter in zip(actor.parameters(), policy.parameters(), strict=True):
-            if parameter.requires_grad:
-                copied.copy_(whole(parameter))
+def collect_gradients(policy: "Policy", masters: "Policy") -> None:
+    """Moves the policy's gradients, summed over the processes, to the master weights. Parameter by parameter: what is
+    summed takes a process's share of the memory, and what was not is gone."""
+    if masters is policy:
+        return
+    for parameter, master in zip(policy.parameters(), masters.parameters(), strict=True):
+        if not parameter.requires_grad:
+            continue
+        gradient, parameter.grad = parameter.grad, None
+        if isinstance(master, DTensor):
+            if gradient is None:  # no part of the loss here, but perhaps in another process
+                gradient = torch.zeros_like(parameter, dtype=master.dtype)
+            mine = DTensor.from_local(gradient, master.device_mesh, [Partial()])
+            gradient = mine.redistribute(placements=master.placements)
+        master.grad = gradient
+
+
+@torch.no_grad()
+def refresh(policy: "Policy", masters: "Policy") -> None:
+    """Gives the policy the trained weights, one at a time; between processes they travel in its precision."""
+    if masters is policy:
+        return
+    for parameter, master in zip(policy.parameters(), masters.parameters(), strict=True):
+        if parameter.requires_grad:
+            parameter.copy_(whole(master.to(parameter.dtype)))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def respond_to_heldout(
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts).heldout[:count]
     model = load_reference(policy, config.temperature, device)
     check_lengths(prompts, model, config.response_length)
-    generator = Generator(model, tokenizer, _never, config.response_length, 0.0, config.seed)
+    generator = Generator(model, tokenizer, _never, config.response_length, 0.0, config.seed, config.microbatch_tokens)
     responses: list[str] = []
     ended: list[bool] = []
     for _, rollout in answers(generator, prompts, config.batch_size, sample=sample, greedy=greedy):
@@ -382,7 +382,9 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     try:
-        run_command(tyro.cli(Options, args=args, prog="python -m klq_fast.evaluate"))
+        distributed.start(None)
+        run_command(distributed.from_first(lambda: tyro.cli(Options, args=args, prog="python -m klq_fast.evaluate")))
+        distributed.stop()
     except InputError as error:
         if distributed.first_to_say():
             print(f"error: {error}", file=sys.stderr)
@@ -415,14 +417,15 @@ def run_command(options: Options) -> None:
     check_lengths(prompts, policy, config.response_length)
     if reference is not None and (vocab := _vocab(policy)) != _vocab(reference):
         raise InputError(f"--reference: got a vocabulary of {_vocab(reference)}, expected the policy's {vocab}")
-    generator = Generator(policy, tokenizer, reward, config.response_length, 0.0, config.seed)
+    generator = Generator(policy, tokenizer, reward, config.response_length, 0.0, config.seed, config.microbatch_tokens)
 
     measure = partial(
         collect, generator, prompts=prompts, batch_size=config.batch_size, max_tokens=config.microbatch_tokens
     )
-    sampled = measure(reference, samples=options.samples, exact=options.exact_kl)
-    # A greedy response is no draw from the policy, so nothing about it estimates the policy's KL.
-    greedy = measure(None, greedy=True)
+    with distributed.watched("start it again"):
+        sampled = measure(reference, samples=options.samples, exact=options.exact_kl)
+        # A greedy response is no draw from the policy, so nothing about it estimates the policy's KL.
+        greedy = measure(None, greedy=True)
     result: dict[str, Any] = {
         "policy": policy_name,
         "reference": reference_name,
@@ -468,7 +471,7 @@ def resolve(options: Options) -> tuple[str, str | None, Config]:
     if options.reward or options.reward_model:  # the run's makes way
         given |= {"reward": options.reward, "reward_model": options.reward_model}
         given |= {"reward_eos": True, "reward_shift": 0.0}
-    config = dataclasses.replace(config, **given)
+    config = dataclasses.replace(config, minibatch_size=None, **given)  # the run's may not suit this batch size
     if not config.dataset:
         raise InputError("--dataset: got none, expected the prompts to answer")
     if not config.reward and not config.reward_model:

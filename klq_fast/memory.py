@@ -8,15 +8,16 @@ is all that is read, and any model, option or microbatch budget is covered.
 Bytes a parameter of the policy, P in all and Pt of them trained, on each of K devices (distributed.py says why):
 
     CPU, K = 1   4·P weights, 4·Pt gradients, 8·Pt Adam, 4·P reference
-    CPU, K > 1   4·P/K + 4·P whole + 4·P actor (a copy for rollouts), 4·Pt/K, 8·Pt/K, 4·P reference
-    GPU          4·P/K + 2·P whole in bf16 + 2·P actor in bf16, 4·Pt/K, 8·Pt/K, 2·P reference in bf16
+    CPU, K > 1   4·P/K master weights and 4·P that compute, 4·Pt, 8·Pt/K, 4·P
+    GPU          4·P/K master weights and 2·P in bf16 that compute, 4·Pt, 8·Pt/K, 2·P in bf16
 
 With 8-bit Adam 2·Pt·(1 + 4/256) stand for 8·Pt, with LoRA nothing for the reference. A reward model of R parameters
 takes 4·R bytes on CPU and 2·R on a GPU. With --offload reference and reward model count in their phase alone.
-KV cache: 2 · layers · key-value heads · head size · (P + T) numbers for each of a device's rows, P the longest prompt;
-on a GPU P + T is rounded up to a multiple of 64, and the cache is kept between batches (decode.py).
-A decoding step: (rows, V) logits in float32 and three times that in float64 to sample from, 28 bytes a logit; on a GPU
-four captured steps keep 4 bytes each.
+
+The rollout, too, is run on the meta device: the prompts in parts of --microbatch-tokens, the cache of keys and values
+(2 · layers · key-value heads · head size · (P + T) numbers for each of a device's rows, P the longest prompt), one step
+and one sample. Nothing of it is left when it is done.
+The optimizer's step takes nothing (Adam is fused), with several processes or 8-bit Adam twice the largest parameter.
 Head's buffers in the update, for N response tokens: C·V·4 bytes of logits for a chunk of C (`chunk_rows`) and, unless
 the head is frozen, V·D·4 of its gradient; N·D·4 of the gradient of the trunk's output.
 """
@@ -44,6 +45,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from . import options
 from .batch import Rollout, Sequences, microbatches
 from .config import Config, InputError
+from .decode import Decoder, sample
 from .hub import only_here
 from .kernels.linear_logprob.op import chunk_rows
 from .klq import KLQ
@@ -76,8 +78,8 @@ class Needs:
         return max(self.rollout, self.score, self.logprobs, self.update)
 
 
-def table(config: Config, prompt_lengths: Sequence[int] = ()) -> str:
-    """What the run needs on each device, here and on GPUs, as lines of text; one line where no config can be read.
+def table(config: Config, prompt_lengths: Sequence[int] = ()) -> list[str]:
+    """What the run needs on each device, here and on GPUs, in lines of text; one line where no config can be read.
 
     prompt_lengths: the prompts' tokens; without them every prompt is taken to be as long as --prompt-length allows.
     """
@@ -87,21 +89,21 @@ def table(config: Config, prompt_lengths: Sequence[int] = ()) -> str:
     try:
         needs = [predict(config, prompt_lengths, device=kind, world_size=count) for kind, count in columns]
     except InputError as error:
-        return f"# memory: not predicted: {error}"
+        return [f"memory: not predicted: {error}"]
     heads = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in columns]
-    lines = [f"# memory on each device, predicted (here: {heads[0]}), in GiB", _line("", heads)]
+    lines = [f"memory on each device, predicted (here: {heads[0]}), in GiB", _line("", heads)]
     for field in fields(Needs):
         if field.name == "rollout":
-            lines.append("# the most in each phase:")
+            lines.append("the most in each phase:")
         name = field.name.replace("_", " ").replace("kv", "KV")
         lines.append(_line(name, [_gib(getattr(need, field.name)) for need in needs]))
     lines.append(_line("peak", [_gib(need.peak) for need in needs]))
-    lines.append("# beside it: on a CPU 0.4 GiB of Python and libraries, on a GPU 0.5 to 1 of CUDA and 5% of fragments")
-    return "\n".join(lines)
+    lines.append("beside it: on a CPU 0.5 GiB of Python and libraries, on a GPU 0.5 to 1 of CUDA and 5% of fragments")
+    return lines
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
-    return f"#   {name:16}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"  {name:16}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _gib(size: int) -> str:
@@ -115,11 +117,10 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
         InputError: the config of the policy or reward model cannot be read.
     """
     assert config.policy is not None
-    gpu, sharded = device == "GPU", device == "GPU" or world_size > 1
+    gpu = device == "GPU"
     dtype = torch.bfloat16 if gpu else torch.float32
-    reward = None
-    if config.reward_model is not None:
-        reward = _model(AutoModelForSequenceClassification, "reward-model", config.reward_model, dtype)
+    reward = reward_model_without_weights(config, dtype)
+    if reward is not None:
         _count_attention(reward, device)
     with Counter():  # whether packing works is asked of the model's numbers, which are taken to say yes
         policy = Policy(_model(AutoModelForCausalLM, "policy", config.policy, dtype), config.temperature)
@@ -131,8 +132,8 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
     trained_size = sum(parameter.numel() for parameter in trained)
     width = dtype.itemsize
 
-    parameters = 4 * size // world_size + (2 * width * size if sharded else 0)
-    gradients = 4 * trained_size // world_size
+    parameters = 4 * size // world_size + (width * size if gpu or world_size > 1 else 0)
+    gradients = 4 * trained_size
     moments = 2 * trained_size * (1 + 4 / 256) if config.adam_8bit else 8 * trained_size
     optimizer = int(moments / world_size)
     reference = 0 if config.lora_rank is not None else width * size
@@ -141,12 +142,11 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
     rows = -(-config.batch_size // world_size)
     prompts = _quantiles(prompt_lengths or [config.prompt_length], rows)
     minibatch = _quantiles(prompts, -(-(config.minibatch_size or config.batch_size) // world_size))
-    cache, decoding = _rollout(policy, prompts, config.response_length, gpu=gpu)
+    cache, decoding = _rollout(policy, prompts, config, gpu=gpu)
     logprobs = _logprobs(policy, prompts, config)
-    activations, buffers, update = _update(policy, minibatch, config, sharded=sharded)
+    activations, buffers, update = _update(policy, minibatch, config, world_size=world_size)
     scoring = 0 if reward is None else _scoring(reward, prompts, config)
     stays = parameters + optimizer + (0 if config.offload else reference + reward_model)
-    kept = cache + 4 * 4 * rows * policy.model.config.get_text_config().vocab_size if gpu else 0
     return Needs(
         parameters=parameters,
         gradients=gradients,
@@ -157,11 +157,21 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
         activations=activations,
         kernel_buffers=buffers,
         rollout=stays + decoding,
-        score=stays + kept + scoring + (reward_model if config.offload else 0),
-        logprobs=stays + kept + logprobs + (reference if config.offload else 0),
-        # Gradients that are not sharded are born in the backward pass, which counts them.
-        update=stays + kept + update + (gradients if sharded else 0),
+        score=stays + scoring + (reward_model if config.offload else 0),
+        logprobs=stays + logprobs + (reference if config.offload else 0),
+        update=stays + update,
     )
+
+
+def reward_model_without_weights(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel | None:
+    """What config.json says of the reward model, on PyTorch's meta device; None for a Python function.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if config.reward_model is None:
+        return None
+    return _model(AutoModelForSequenceClassification, "reward-model", config.reward_model, dtype)
 
 
 def _model(auto: Any, option: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -184,16 +194,16 @@ def _quantiles(lengths: Sequence[int], count: int) -> list[int]:
 # The phases on the meta device.
 
 
-def _update(policy: Policy, prompts: Sequence[int], config: Config, *, sharded: bool) -> tuple[int, int, int]:
+def _update(policy: Policy, prompts: Sequence[int], config: Config, *, world_size: int) -> tuple[int, int, int]:
     """Bytes of activations, of the head's buffers, and the most beside the weights, of a minibatch's update.
 
-    Two microbatches stand for all: in the second the gradients of the first are there. Sharded gradients leave as soon
-    as they are complete.
+    Two microbatches stand for all: in the second the gradients of the first are there.
     """
     loss = (KLQ if config.algorithm == "klq" else PPO).from_config(config).loss
     batches = [_rollout_of(rows, config.response_length) for rows in _largest(policy, prompts, config)]
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained] if sharded else []
+    for parameter in trained:
+        parameter.grad_dtype = torch.float32
     if config.activation_checkpointing:
         options.checkpoint_activations(policy.model)
     with Counter() as count:
@@ -206,11 +216,10 @@ def _update(policy: Policy, prompts: Sequence[int], config: Config, *, sharded: 
             output = policy(batch, loss, 1.0)
             output.loss.backward()
             del output
-        if not sharded:
-            largest = 4 * max(parameter.numel() for parameter in trained)
-            count.peak = max(count.peak, count.now + 2 * largest)  # Adam's square root and quotient
-    for hook in hooks:
-        hook.remove()
+        largest = 4 * max(parameter.numel() for parameter in trained)
+        if world_size > 1 or config.adam_8bit:
+            # What a parameter's gradient is summed in over processes, and padded for; or its moments in float32.
+            count.peak = max(count.peak, count.now + 2 * largest)
     for parameter in trained:
         parameter.grad = None
     return activations, count.buffers, count.peak
@@ -233,18 +242,22 @@ def _scoring(model: PreTrainedModel, prompts: Sequence[int], config: Config) -> 
     return count.peak
 
 
-def _rollout(policy: Policy, prompts: Sequence[int], response_length: int, *, gpu: bool) -> tuple[int, int]:
-    """Bytes of the KV cache, and the most beside the weights: in the pass over the prompts, or in a step."""
-    rows, width = len(prompts), prompts[-1]
-    tokens = torch.empty(rows, width, dtype=torch.int64, device=META)
+def _rollout(policy: Policy, prompts: Sequence[int], config: Config, *, gpu: bool) -> tuple[int, int]:
+    """Bytes of the KV cache, and the most beside the weights: while the prompts are read, or in a step."""
+    rows, length = len(prompts), config.response_length
+    tokens = torch.empty(rows, prompts[-1], dtype=torch.int64, device=META)
+    numbers = torch.empty(rows, dtype=torch.float64, device=META)
     with Counter() as count, torch.no_grad():
-        output = policy.model.base_model(input_ids=tokens, use_cache=True)
-        cached = sum(x.nbytes for x in tree_leaves(list(output.past_key_values)) if isinstance(x, Tensor))
-        first = count.peak - cached
-    columns = width + response_length
-    cache = cached * (-(-columns // 64) * 64 if gpu else columns) // width
-    logits = rows * policy.model.config.get_text_config().vocab_size
-    return cache, cache + max(first, (28 + (16 if gpu else 0)) * logits)
+        decoder = Decoder(policy)
+        logits = decoder.begin(tokens, torch.tensor(prompts), length, config.microbatch_tokens)
+        assert decoder.cache is not None
+        layers: list[Any] = decoder.cache.layers
+        held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+        cache = sum(x.nbytes for x in held if x is not None)  # a recurrent layer has neither
+        logits = decoder.step(sample(logits, numbers, policy.temperature))
+        if gpu:  # the captured step's logits, and those that it was tried with
+            count.peak = max(count.peak, count.now + 2 * logits.nbytes)
+    return cache, count.peak
 
 
 def _largest(policy: Policy, prompts: Sequence[int], config: Config) -> list[list[int]]:
@@ -270,10 +283,6 @@ def _rollout_of(prompts: Sequence[int], response_length: int) -> Rollout:
         rewards=torch.empty(rows, device=META),
         **{name: torch.empty(rows, response_length, device=META) for name in per_token},
     )
-
-
-def _drop(parameter: nn.Parameter) -> None:
-    parameter.grad = None
 
 
 # Counting.
@@ -354,7 +363,8 @@ def _attention(
     the meta device, as no real one does."""
     if sequences is None:
         return cast(Tensor, _Flash.apply(query, key, value)).transpose(1, 2), None
-    padded = (sequences.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+    # A list, which holds the padded ones until the output is without padding, as the variables there do.
+    padded = [sequences.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value)]
     return sequences.unpad(cast(Tensor, _Flash.apply(*padded)).transpose(1, 2))[None], None
 
 

@@ -60,6 +60,7 @@ class Reporter:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.total = total
         self.tracked: Track | None = None
+        self.failed = False  # the tracker
         self.closing = ExitStack()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -78,11 +79,29 @@ class Reporter:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
-        self.closing.close()
+        with self._without_harm():
+            self.closing.close()
 
     def track(self, name: str, run: Path, settings: Mapping[str, Any], done: int) -> None:
-        """From now on the records of batches and evaluations go to this tracker too."""
-        self.tracked = self.closing.enter_context(tracker(name, run, settings, done))
+        """From now on the records of batches and evaluations go to this tracker too, for as long as it takes them."""
+        with self._without_harm():
+            self.tracked = self.closing.enter_context(tracker(name, run, settings, done))
+
+    @contextmanager
+    def _without_harm(self) -> Iterator[None]:
+        """A tracker that fails is given up: it may depend on a server, on which a run of hours should not."""
+        try:
+            yield
+        except Exception as error:
+            self.tracked = None
+            if not self.failed:
+                self.say(f"the tracker failed ({type(error).__name__}: {error}): the run goes on without it")
+            self.failed = True
+
+    def _track(self, kind: str, record: Record) -> None:
+        if self.tracked:
+            with self._without_harm():
+                self.tracked(kind, record)
 
     def start_at(self, done: int) -> None:
         """From now on time is counted, for the batches after the first `done`."""
@@ -93,8 +112,7 @@ class Reporter:
         self.console.print(text, markup=False)
 
     def batch(self, record: Record) -> None:
-        if self.tracked:
-            self.tracked("train", record)
+        self._track("train", record)
         if self.console.is_terminal:
             description = f"score {record['score']:+.2f}  KL {record['kl']:.2f}"
             self.progress.update(self.task, completed=record["batch"], description=description)
@@ -108,8 +126,7 @@ class Reporter:
         )
 
     def evaluation(self, record: Record) -> None:
-        if self.tracked:
-            self.tracked("eval", record)
+        self._track("eval", record)
         self.say(
             f"held out, after {record['episodes']} episodes: score {record['score']:+.3f}  rlhf_reward "
             f"{record['rlhf_reward']:+.3f}  kl {record['kl']:.3f}  length {record['response_length']:.1f}  "
@@ -206,29 +223,6 @@ def _tracker_id(run: Path, resumed: bool) -> str:
     if not resumed or not path.is_file():
         write_text(path, f"{run.name}-{uuid.uuid4().hex[:8]}")
     return path.read_text(encoding="utf-8").strip()
-
-
-def needed_flops(
-    policy: Any,  # models.Policy
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[int],
-    epochs: int,
-) -> float:
-    """Floating-point operations that a batch needs of policy and reference, whatever a run does beyond: for MFU.
-
-    With M weights in the blocks' matrices, S tokens and N response tokens, a forward pass is 2·M·S + 2·N·V·D and
-    Σ 2·L²·D·layers of causal attention, L a row's tokens; a backward pass is twice that. A batch is a rollout, a
-    forward pass of policy and reference each, and a forward and backward pass an epoch. A reward model's are left out.
-    """
-    model = policy.model
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    matrices = {id(p): p.numel() for p in model.base_model.parameters() if p.dim() == 2 and p is not embedding}
-    matrices.pop(id(head), None)
-    config = model.config.get_text_config()
-    lengths = [p + r for p, r in zip(prompt_lengths, response_lengths, strict=True)]
-    attention = 2 * sum(length**2 for length in lengths) * config.hidden_size * config.num_hidden_layers
-    forward = 2 * sum(matrices.values()) * sum(lengths) + attention + 2 * sum(response_lengths) * head.numel()
-    return float(forward * (3 + 3 * epochs))
 
 
 def peak_memory_bytes(device: Any) -> int:

@@ -67,10 +67,7 @@ class Policy(nn.Module):
     def forward(
         self, batch: Rollout, loss: LossFunction | None = None, num_tokens: float | Tensor | None = None
     ) -> Any:
-        """(log-probs, values) of the response tokens, both (N,), row after row; or `loss`'s output on this microbatch.
-
-        The loss is computed in here because under FSDP the head's weight is whole only inside this module's forward.
-        """
+        """(log-probs, values) of the response tokens, both (N,), row after row; or `loss`'s output on them."""
         responses, hidden = batch.responses(), self._hidden(batch)  # N tokens; (N, D)
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)  # (N,) fp32
         head = self.model.get_output_embeddings()
@@ -128,17 +125,20 @@ def load_policy(name: str, temperature: float, device: torch.device) -> Policy:
 
 
 def load_reference(name: str, temperature: float, device: torch.device) -> Policy:
-    """The same model again, frozen, to be measured from or generated with."""
-    return frozen(load_policy(name, temperature, device))
+    """The same model again, frozen, to be measured from or generated with, as `to_compute` has it."""
+    return to_compute(load_policy(name, temperature, torch.device("cpu")).requires_grad_(False), device)
 
 
-def frozen(policy: Policy) -> Policy:
-    """Without gradients; on CUDA with its parameters, the value head's excepted, in bf16, in which a sharded policy
-    computes too. Buffers, such as rotary frequencies, stay in fp32."""
-    policy.requires_grad_(False)
-    if policy.value_head.weight.is_cuda:
-        _halve(policy.model)
-    return policy
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Of models' parameters where they compute; value and score heads have float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def to_compute(policy: Policy, device: torch.device) -> Policy:
+    """The policy, which is on the CPU in fp32, moved to `device` with its parameters in `compute_dtype`, without ever
+    being there in fp32. Buffers, such as rotary frequencies, stay in fp32."""
+    _cast(policy.model, compute_dtype(device))
+    return policy.to(device)
 
 
 def load_reward_model(name: str, device: torch.device) -> PreTrainedModel:
@@ -146,18 +146,18 @@ def load_reward_model(name: str, device: torch.device) -> PreTrainedModel:
 
     On CUDA its trunk is in bf16, and what reads the trunk's output in fp32: in bf16 a score of 5 is off by up to 0.01.
     """
-    model = _load_classifier(name).eval().requires_grad_(False).to(device)
-    if device.type == "cuda":
-        _halve(model.base_model)
+    model = _load_classifier(name).eval().requires_grad_(False)
+    if (dtype := compute_dtype(device)) != torch.float32:
+        _cast(model.base_model, dtype)
         for child in model.children():
             if child is not model.base_model:
                 child.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))
-    return model
+    return model.to(device)
 
 
-def _halve(module: nn.Module) -> None:
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:

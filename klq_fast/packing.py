@@ -1,7 +1,7 @@
 """Attention without padding: a microbatch goes through the model as one row, its sequences one after the other.
 
 Linear layers, norms and activations treat each token alone, so only attention has to know where a sequence begins. It
-is replaced through transformers' AttentionInterface; a padded batch, as in generation, is given to PyTorch's SDPA.
+is replaced through transformers' AttentionInterface; a padded batch, as in a decoding step, goes to PyTorch's SDPA.
 """
 
 from typing import Any
@@ -41,8 +41,6 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if beyond := [name for name in BEYOND if options.get(name) is not None]:
         raise ValueError(f"packed attention: got {', '.join(beyond)}, expected full causal attention")
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # which knows SDPA, but not the calls below
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if _flash_takes(query, value):
         return _flash(query, key, value, sequences, scaling), None
     query, key, value = (sequences.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
@@ -63,15 +61,15 @@ def _flash_takes(query: Tensor, value: Tensor) -> bool:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, d)
     bounds = (sequences.bounds, sequences.bounds, sequences.longest, sequences.longest)
     if is_flash_attn_2_available():
         from flash_attn import flash_attn_varlen_func
 
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, d)
         output = flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)
     else:
+        groups = query.shape[1] // key.shape[1]  # PyTorch 2.11's has no heads of keys shared by queries
+        query, key, value = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
         output = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0))
     return output[None]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties
 
 from .metrics import Record, read_lines, write_text
@@ -158,8 +159,17 @@ def _draw_frontier(cells: list[Record], ways: bool) -> plt.Figure:
     panels[1].set(title=f"{_where(cells)}; at the end", xlabel="τ", ylabel="RLHF reward: score − τ·KL")
     for axes in panels[1:count]:
         _log_ticks(axes, sorted({cell["x"] for cell in cells}))
+    for axis, name in ((panels[0].xaxis, "kl"), (panels[0].yaxis, "score"), (panels[1].yaxis, "rlhf_reward")):
+        _cut(axis, [cell["final"][name]["iqm"] for cell in cells])
     _legend(figure, panels[1])
     return figure
+
+
+def _cut(axis: Axis, means: list[float]) -> None:
+    """Ends an axis not far beyond the means, or the interval of one diverged run would leave no room for them."""
+    low, high = axis.get_view_interval()
+    room = 0.25 * (max(means) - min(means))
+    axis.set_view_interval(max(low, min(means) - room), min(high, max(means) + room), ignore=True)
 
 
 def _draw_ablation(cells: list[Record], label: str, log: bool) -> plt.Figure:

@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -218,9 +219,10 @@ def with_demo_models(config: Config) -> Config:
     )
 
 
-def what_it_reads(config: Config) -> Iterator[str]:
+def what_it_reads(config: Config) -> abc.Generator[str, None, list[int]]:
     """Lines for --dry-run: the policy, reward and prompts, what is done with them, and the prompts' number where they
-    can be read. Without a connection to the hub: how to do without.
+    can be read. Without a connection to the hub: how to do without. Returns the training prompts' lengths in tokens,
+    none where they cannot be read.
 
     Raises:
         InputError: a file or folder of the user's is not what it should be.
@@ -235,7 +237,7 @@ def what_it_reads(config: Config) -> Iterator[str]:
     if config.preset in EMBEDDED and not (config.policy and config.dataset):
         cost = "90 s" if config.preset == "demo" else "5 s"
         yield f"what is not named of the policy, reward and prompts is made first, in about {cost} of one CPU core"
-        return
+        return []
     if config.preset not in (*EMBEDDED, "custom"):
         yield from filter(None, (inspect.getdoc(PRESETS[config.preset]) or "").split("\n"))
     from .data import load_prompts
@@ -252,11 +254,12 @@ def what_it_reads(config: Config) -> Iterator[str]:
         yield "Then, beside these folders (any others in the same form will do):"
         options = " ".join(f"--{option} ./{option}" for option in of_the_hub)
         yield f"    python -m klq_fast.train {config.preset} {options}"
-        return
+        return []
     yield (
         f"{len(prompts.train)} prompts, {len(prompts.heldout)} held out, {prompts.truncated} cut to "
         f"{config.prompt_length} tokens; the first: {prompts.train[0].text!r:.200}"
     )
+    return [len(prompt.tokens) for prompt in prompts.train]
 
 
 def exact_evaluation(

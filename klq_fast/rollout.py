@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .batch import Rollout, to_device
+from .config import Config
 from .data import Prompt
-from .decode import Decoder, decode
+from .decode import decode
 from .models import Policy, pad_token, stop_tokens
 from .reward import Reward
 
@@ -37,10 +37,7 @@ class Generator:
     response_length: int
     missing_eos_penalty: float
     seed: int
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        return Decoder(self.policy)
+    max_tokens: int = Config.microbatch_tokens  # of prompts read at a time
 
     def respond(
         self, prompts: Sequence[Prompt], episodes: Sequence[int], stream: int, *, greedy: bool = False
@@ -54,7 +51,9 @@ class Generator:
             row[len(row) - len(prompt.tokens) :] = prompt.tokens
         prompt_tokens, prompt_lengths = to_device(padded, device), torch.from_numpy(lengths)
         numbers = None if greedy else uniforms(self.seed, stream, episodes, self.response_length).to(device)
-        response = decode(self.decoder, prompt_tokens, prompt_lengths, self.response_length, stops, pad, numbers)
+        response = decode(
+            self.policy, prompt_tokens, prompt_lengths, self.response_length, stops, pad, numbers, self.max_tokens
+        )
         return Rollout(prompt_tokens, prompt_lengths, *response)
 
     def texts(self, rollout: Rollout) -> list[str]:

@@ -1,27 +1,30 @@
 """The training loop: `python -m klq_fast.train [demo|imdb|tldr|hh|custom] [options]`, readable from top to bottom.
 
-It runs in one process or, by `torchrun --nproc-per-node K -m klq_fast.train …`, in K that do the same steps: what is
-shared among them goes through distributed.py, and what a run writes through run.py's Journal.
+It runs in one process or, by `torchrun --nproc-per-node K -m klq_fast.train …` (or `accelerate launch -m …`), in K that
+do the same steps: what they share goes through distributed.py, and what a run writes through run.py's Journal.
 """
 
-import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from . import distributed, memory, options
 from .batch import Rollout
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .config import Config, InputError
-from .data import Prompt, check_dataset, load_prompts
+from .data import Prompt, Prompts, check_dataset, load_prompts
 from .distributed import share_rollout, share_rows
 from .evaluate import check_lengths, evaluate
+from .flops import throughput
 from .klq import KLQ
 from .metrics import Record, Reporter, check_tracker, peak_memory_bytes
 from .models import Policy, check_folder, load_policy, load_reference, load_tokenizer
@@ -44,7 +47,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except (InputError, FloatingPointError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"{str(error).splitlines()[0]} A smaller --microbatch-tokens takes less memory, for the same loss")
+        fail(
+            f"{str(error).splitlines()[0]} --dry-run says what takes how much, and these take less: --adam-8bit, "
+            "--activation-checkpointing, --offload, --lora-rank, more GPUs, shorter prompts and responses"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
@@ -57,6 +63,7 @@ def fail(message: str) -> None:
 
 
 def train(config: Config) -> None:
+    """A whole run: checks what it can, loads, trains batch by batch, and exports the policy."""
     check_names(config)
     run = distributed.from_first(lambda: open_run(config))
     if config.dry_run:
@@ -65,8 +72,86 @@ def train(config: Config) -> None:
     check_tracker(config.tracker)
     device = distributed.start(config.threads).device
     config = distributed.from_first(lambda: with_demo_models(config))
-    assert config.policy and config.dataset
+    parts = load(config, device)
 
+    with (
+        locked(run),
+        Reporter(config.num_batches, quiet=not distributed.is_first()) as reporter,
+        StopRequest(reporter.say) as stop,
+        distributed.watched(f"go on with: {resume_command(config)}"),
+    ):
+        config, parts, first = with_shift(config, parts)
+        journal = Journal(run, config, reporter)
+        done = restore_checkpoint(run / "checkpoints", parts.masters, parts.optimizer)
+        distributed.refresh(parts.policy, parts.masters)
+        journal.start(done)
+        limits = Limits(config.microbatch_tokens, reporter.say)
+        speed = throughput(parts.policy, config, distributed.world().size)
+        checkpoint = partial(save_checkpoint, run / "checkpoints", policy=parts.masters, optimizer=parts.optimizer)
+        good = True  # the weights
+
+        def evaluate_if_due() -> None:
+            due = done % config.eval_every == 0 or done == config.num_batches
+            if due and not journal.evaluated(done):
+                record, samples = first if first and not done else evaluated(config, parts)
+                journal.evaluation({"batch": done, "episodes": done * config.batch_size} | record, samples)
+
+        reporter.say(opening(config, parts, run, done))
+        try:
+            evaluate_if_due()
+            while done < config.num_batches:
+                rollout, record = one_batch(config, parts, done, limits, Clock(device))
+                done, good = done + 1, not limits.skipped_in_a_row
+                if not good:  # the last step was not made: were the weights what is wrong?
+                    good = finite(rollout, parts.policy, config)
+                (memory_bytes,) = distributed.all_max(peak_memory_bytes(device))
+                journal.batch(record | speed(rollout, record) | {"peak_memory_bytes": memory_bytes})
+
+                evaluate_if_due()
+                (signal_number,) = distributed.all_max(stop.requested)
+                if good and (signal_number or done % config.checkpoint_every == 0 or done == config.num_batches):
+                    checkpoint(done)
+                    journal.draw()
+                if signal_number and done < config.num_batches:
+                    reporter.say(f"stopped after batch {done}; go on with: {resume_command(config)}")
+                    raise SystemExit(128 + signal_number)
+        except InputError:  # a reward may fail at any time: what was learned until then is kept
+            if done and good:
+                checkpoint(done)
+            reporter.say(f"failed after batch {done}; once mended, go on with: {resume_command(config)}")
+            raise
+        except NotFinite as error:
+            if done and error.good:
+                checkpoint(done)
+            chosen = [episodes_of(config, done)[row] for row in error.rows]
+            rows = journal.rows(f"not_finite-{done + 1:06d}.jsonl", error.minibatch, chosen)
+            reporter.say(f"the rows of the last of these steps are in {rows}")
+            raise
+
+        journal.draw()
+        export(run, parts.masters, parts.tokenizer)
+        journal.show_samples()
+        reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with, loaded and on its device."""
+
+    prompts: Prompts
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy  # computes
+    masters: Policy  # is trained; see distributed.sharded
+    reference: Policy
+    fetched: Callable[[], AbstractContextManager[None]]  # inside, the reference is on the device
+    generator: Generator
+    algorithm: Algorithm
+    optimizer: torch.optim.Optimizer
+    exact: Callable[[], Record]  # what is known of the policy without sampling
+
+
+def load(config: Config, device: torch.device) -> Parts:
+    assert config.policy and config.dataset
     tokenizer = load_tokenizer("policy", config.policy)
     prompts = load_prompts(config.dataset, tokenizer, config.prompt_length, config.eval_prompts)
     reward = load_reward(
@@ -78,122 +163,98 @@ def train(config: Config) -> None:
         shift=config.reward_shift,
         offload=config.offload,
     )
-    policy = options.prepared(load_policy(config.policy, config.temperature, device), config)
-    policy, actor = distributed.sharded(policy)  # what is trained, and what answers; one and the same on a CPU
+    loaded = options.prepared(load_policy(config.policy, config.temperature, torch.device("cpu")), config)
+    check_lengths([*prompts.train, *prompts.heldout], loaded, config.response_length)
+    policy, masters = distributed.sharded(loaded, device)
     if config.activation_checkpointing:
         options.checkpoint_activations(policy.model)
     if config.lora_rank:
-        reference = cast(Policy, options.WithoutAdapters(actor))
+        reference = cast(Policy, options.WithoutAdapters(policy))
     else:
         reference = load_reference(config.policy, config.temperature, device)
     waits = config.offload and not config.lora_rank
     fetched = partial(options.on_device, reference.to("cpu"), device) if waits else nullcontext
-    check_lengths([*prompts.train, *prompts.heldout], actor, config.response_length)
-    generator = Generator(actor, tokenizer, reward, config.response_length, config.missing_eos_penalty, config.seed)
+    generator = Generator(
+        policy,
+        tokenizer,
+        reward,
+        config.response_length,
+        config.missing_eos_penalty,
+        config.seed,
+        config.microbatch_tokens,
+    )
     algorithm = ALGORITHMS[config.algorithm](config)
-    optimizer = options.adam(policy, config)
+    optimizer = options.adam(masters, config)
     with fetched():
         exact = exact_evaluation(config, generator, reference, prompts.heldout)
+    return Parts(prompts, tokenizer, policy, masters, reference, fetched, generator, algorithm, optimizer, exact)
 
-    with (
-        locked(run),
-        Reporter(config.num_batches, quiet=not distributed.is_first()) as reporter,
-        StopRequest(reporter.say) as stop,
-        distributed.watched(f"go on with: {resume_command(config)}"),
-    ):
-        measured = partial(
-            evaluate,
-            reference=reference,
-            prompts=prompts.heldout,
+
+def with_shift(config: Config, parts: Parts) -> tuple[Config, Parts, tuple[Record, list[Record]] | None]:
+    """With the number for --reward-shift reference, by which the first evaluation, which comes with it, starts at 0."""
+    if config.reward_shift != "reference":
+        return config, parts, None
+    record, samples = evaluated(config, parts)
+    shift = -record["score"]
+    reward = shifted(parts.generator.reward, shift)
+    record["rlhf_reward"] += shift
+    for each in (record, *samples):
+        each["score"] += shift
+    parts = replace(parts, generator=replace(parts.generator, reward=reward))
+    return replace(config, reward_shift=shift), parts, (record, samples)
+
+
+def opening(config: Config, parts: Parts, run: Path, done: int) -> str:
+    prompts = parts.prompts
+    return (
+        f"{config.algorithm.upper()} on {distributed.described()}: {len(prompts.train)} prompts, "
+        f"{len(prompts.heldout)} held out, {prompts.truncated} cut to {config.prompt_length} tokens; "
+        f"{config.num_batches} batches of {config.batch_size}; run folder {run}"
+        + ("" if parts.policy.packed else "; padded, as the policy's attention does not take packed sequences")
+        + (f"; going on after batch {done}" if done else "")
+    )
+
+
+def evaluated(config: Config, parts: Parts) -> tuple[Record, list[Record]]:
+    with parts.fetched():
+        record, samples = evaluate(
+            parts.generator,
+            parts.reference,
+            parts.prompts.heldout,
             batch_size=config.batch_size,
             tau=config.tau,
             max_tokens=config.microbatch_tokens,
         )
-        if config.reward_shift == "reference":  # the first evaluation then starts at 0; config.yaml gets the number
-            with fetched():
-                shift = -measured(generator)[0]["score"]
-            config = dataclasses.replace(config, reward_shift=shift)
-            generator = dataclasses.replace(generator, reward=shifted(reward, shift))
-        journal = Journal(run, config, reporter)
-        done = restore_checkpoint(run / "checkpoints", policy, optimizer)
-        distributed.refresh(actor, policy)
-        journal.start(done)
-        limits = Limits(config.microbatch_tokens, reporter.say)
-        checkpoint = partial(save_checkpoint, run / "checkpoints", policy=policy, optimizer=optimizer)
+        return record | parts.exact(), samples
 
-        def evaluate_if_due(batches: int) -> None:
-            due = batches % config.eval_every == 0 or batches == config.num_batches
-            if not due or journal.evaluated(batches):
-                return
-            with fetched():
-                record, samples = measured(generator)
-                record = {"batch": batches, "episodes": batches * config.batch_size, **record, **exact()}
-            journal.evaluation(record, samples)
 
-        reporter.say(
-            f"{config.algorithm.upper()} on {distributed.described()}: {len(prompts.train)} prompts, "
-            f"{len(prompts.heldout)} held out, {prompts.truncated} cut to {config.prompt_length} tokens; "
-            f"{config.num_batches} batches of {config.batch_size}; run folder {run}"
-            + ("" if policy.packed else "; padded, as the policy's attention does not take packed sequences")
-            + (f"; going on after batch {done}" if done else "")
-        )
-        try:
-            evaluate_if_due(done)
-            while done < config.num_batches:
-                clock = Clock(device)
-                episodes = range(done * config.batch_size, (done + 1) * config.batch_size)
-                batch_prompts = prompts.take(config.seed, episodes.start, len(episodes))
-                rollout = respond(generator, batch_prompts, episodes)
-                clock.lap("rollout")
-                scores = score(generator, batch_prompts, rollout)
-                rollout = generator.rewarded(rollout, scores)
-                clock.lap("score")
-                if done == 0:
-                    policy.start_values(rollout.rewards)
-                    actor.start_values(rollout.rewards)
-                with fetched():
-                    rollout = measure(rollout, actor, reference, config.microbatch_tokens)
-                rollout = algorithm.targets(rollout)
-                clock.lap("logprobs")
-                losses = update(policy, optimizer, algorithm, rollout, config, done, limits)
-                distributed.refresh(actor, policy)
-                clock.lap("update")
-                done += 1
-                record: Record = {"batch": done, "episodes": episodes.stop}
-                # The KL of whole sequences before the update stands for the loss's, of tokens during it.
-                record |= losses | rollout_metrics(rollout, scores, config.tau) | diversity(rollout)
-                record |= clock.phases | {"seconds": clock.seconds}
-                record["tokens_per_second"] = sum(distributed.row_sizes(rollout)) / record["seconds"]
-                (record["peak_memory_bytes"],) = distributed.all_max(peak_memory_bytes(device))
-                journal.batch(record)
+def one_batch(config: Config, parts: Parts, done: int, limits: Limits, clock: Clock) -> tuple[Rollout, Record]:
+    """The batch after `done` ones, from prompts to new weights; its record."""
+    episodes, generator = episodes_of(config, done), parts.generator
+    prompts = parts.prompts.take(config.seed, episodes.start, len(episodes))
+    rollout = respond(generator, prompts, episodes)
+    clock.lap("rollout")
+    scores = score(generator, prompts, rollout)
+    rollout = generator.rewarded(rollout, scores)
+    clock.lap("score")
+    if done == 0:
+        parts.masters.start_values(rollout.rewards)
+        distributed.refresh(parts.policy, parts.masters)
+    with parts.fetched():
+        rollout = measure(rollout, parts.policy, parts.reference, config.microbatch_tokens)
+    rollout = parts.algorithm.targets(rollout)
+    clock.lap("logprobs")
+    losses = update(parts.policy, parts.masters, parts.optimizer, parts.algorithm, rollout, config, done, limits)
+    clock.lap("update")
+    record: Record = {"batch": done + 1, "episodes": episodes.stop}
+    # The KL of whole sequences before the update stands for the loss's, of tokens during it.
+    record |= losses | rollout_metrics(rollout, scores, config.tau) | diversity(rollout)
+    return rollout, record | clock.phases | {"seconds": clock.seconds}
 
-                evaluate_if_due(done)
-                (signal_number,) = distributed.all_max(stop.requested)
-                due = signal_number or done % config.checkpoint_every == 0 or done == config.num_batches
-                if due and not limits.skipped_in_a_row:  # else the weights may be what is wrong
-                    checkpoint(done)
-                    journal.draw()
-                if signal_number and done < config.num_batches:
-                    reporter.say(f"stopped after batch {done}; go on with: {resume_command(config)}")
-                    raise SystemExit(128 + signal_number)
-        except InputError:  # a reward may fail at any time: what was learned until then is kept
-            if done and not limits.skipped_in_a_row:
-                checkpoint(done)
-            reporter.say(f"failed after batch {done}; once mended, go on with: {resume_command(config)}")
-            raise
-        except NotFinite as error:
-            if done and error.good:
-                checkpoint(done)
-            rows = journal.rows(
-                f"not_finite-{done + 1:06d}.jsonl", error.minibatch, [episodes[row] for row in error.rows]
-            )
-            reporter.say(f"the rows of the last of these steps are in {rows}")
-            raise
 
-        journal.draw()
-        export(run, policy, tokenizer)
-        journal.show_samples()
-        reporter.say(f"done: the policy is in {run / 'policy'}, figures in {run / 'plots'}")
+def episodes_of(config: Config, done: int) -> range:
+    """The episodes of the batch after `done` ones: they are numbered through all batches."""
+    return range(done * config.batch_size, (done + 1) * config.batch_size)
 
 
 # A batch's work before the update, shared by the processes.
@@ -214,12 +275,18 @@ def score(generator: Generator, prompts: Sequence[Prompt], rollout: Rollout) -> 
     return torch.tensor(share_rows(distributed.row_sizes(rollout), work), device=rollout.device)
 
 
-def measure(rollout: Rollout, actor: Policy, reference: Policy, max_tokens: int) -> Rollout:
+def measure(rollout: Rollout, policy: Policy, reference: Policy, max_tokens: int) -> Rollout:
     """With old and reference log-probs, and old values."""
     return share_rollout(
         distributed.row_sizes(rollout),
-        lambda rows: with_logprobs(rollout.rows(torch.tensor(rows)), actor, reference, max_tokens),
+        lambda rows: with_logprobs(rollout.rows(torch.tensor(rows)), policy, reference, max_tokens),
     )
+
+
+def finite(rollout: Rollout, policy: Policy, config: Config) -> bool:
+    """Whether the policy as it is gives this batch finite log-probs and values."""
+    found = measure(rollout, policy, policy, config.microbatch_tokens)
+    return bool(torch.cat([found.logprobs, found.values]).isfinite().all())
 
 
 def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
@@ -230,6 +297,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, tau: float) -> Record:
     explained = 1 - (returns - values).var(correction=0) / variance
     return {
         "score": score,
+        "score_std": float(scores.std(correction=0)),
         "rlhf_reward": score - tau * kl,
         "kl": kl,
         "response_length": float(rollout.response_lengths.float().mean()),
@@ -258,12 +326,16 @@ def check_names(config: Config) -> None:
 
 def describe(config: Config) -> None:
     """--dry-run: reads the prompts, loads no model and writes nothing."""
+
+    def lines() -> Iterator[str]:
+        yield f"{config.num_batches} batches; run folder {config.output_dir}"
+        prompt_lengths = yield from what_it_reads(config)
+        if config.policy:
+            yield from memory.table(config, prompt_lengths)
+
     print(config.to_yaml(), end="")
-    print(f"# {config.num_batches} batches; run folder {config.output_dir}")
-    for line in what_it_reads(config):
+    for line in lines():
         print(f"# {line}")
-    if config.policy:
-        print(memory.table(config))
 
 
 if __name__ == "__main__":

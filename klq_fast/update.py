@@ -61,6 +61,7 @@ class NotFinite(FloatingPointError):
 
 def update(
     policy: Policy,
+    masters: Policy,
     optimizer: torch.optim.Optimizer,
     algorithm: Algorithm,
     rollout: Rollout,
@@ -68,7 +69,10 @@ def update(
     batch: int,
     limits: Limits,
 ) -> Record:
-    """Epochs × minibatches × microbatches over one batch of rollouts; the minibatch is the optimizer's step."""
+    """Epochs × minibatches × microbatches over one batch of rollouts; the minibatch is the optimizer's step.
+
+    The policy computes and the master weights are trained (distributed.py's `sharded`).
+    """
     size = config.minibatch_size or config.batch_size
     steps_per_epoch = -(-len(rollout) // size)
     total_steps = config.num_batches * config.epochs * steps_per_epoch
@@ -78,8 +82,9 @@ def update(
         order = torch.from_numpy(np.random.default_rng([config.seed, batch, epoch]).permutation(len(rollout)))
         for rows in order.split(size):
             minibatch = rollout.rows(rows)
-            sums = gradients_in_memory(policy, optimizer, algorithm, minibatch, limits)
-            norm = distributed.whole(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+            sums = gradients_in_memory(policy, algorithm, minibatch, limits)
+            distributed.collect_gradients(policy, masters)
+            norm = distributed.whole(nn.utils.clip_grad_norm_(masters.parameters(), config.max_grad_norm))
             summed = distributed.all_sum(torch.stack(list(sums.values())))
             # The one wait for the device in a minibatch.
             figures = dict(zip((*sums, "grad_norm"), torch.cat([summed, norm[None]]).tolist(), strict=True))
@@ -88,6 +93,7 @@ def update(
             if finite:
                 options.set_learning_rate(optimizer, learning_rate)
                 optimizer.step()
+                distributed.refresh(policy, masters)
                 taken.append(figures)
             optimizer.zero_grad()
             step += 1
@@ -108,33 +114,40 @@ def update(
     return means | {"learning_rate": learning_rate, "skipped_steps": step - first - len(taken)}
 
 
-def gradients_in_memory(
-    policy: Policy, optimizer: torch.optim.Optimizer, algorithm: Algorithm, minibatch: Rollout, limits: Limits
-) -> dict[str, Tensor]:
+def gradients_in_memory(policy: Policy, algorithm: Algorithm, minibatch: Rollout, limits: Limits) -> dict[str, Tensor]:
     """`gradients` in microbatches that fit: where memory runs out they are halved, which does not change the sums.
 
+    A process that runs out of memory starts its part again, for which the others wait at the end: nothing before that
+    is collective.
+
     Raises:
-        torch.OutOfMemoryError: a row alone is too large; or the policy is sharded, as it is on a GPU.
+        torch.OutOfMemoryError: a row alone is too large.
     """
+    sizes, max_tokens = distributed.row_sizes(minibatch), limits.max_tokens
+    longest, mine = max(sizes), sum(sizes) // distributed.world().size
     while True:
         try:
-            return gradients(policy, algorithm, minibatch, limits.max_tokens)
+            sums = gradients(policy, algorithm, minibatch, max_tokens)
+            break
         except torch.OutOfMemoryError:
-            largest = max(distributed.row_sizes(minibatch))
-            if limits.max_tokens <= largest or not distributed.usable_after_error(policy):
+            if max_tokens <= longest:
                 raise
         # Out here, where the exception and with it the tensors of the failed attempt are gone.
-        optimizer.zero_grad()
+        policy.zero_grad()
         torch.cuda.empty_cache()
-        before = limits.max_tokens
-        limits.max_tokens = max(largest, min(before, sum(distributed.row_sizes(minibatch))) // 2)
+        max_tokens = max(longest, min(max_tokens, mine) // 2)
+    max_tokens = -distributed.all_max(-max_tokens)[0]  # what fits one device but not another may not fit it next time
+    if max_tokens < limits.max_tokens:
         limits.say(
-            f"out of memory: microbatches of {limits.max_tokens} tokens from now on, not {before}; the loss is the same"
+            f"out of memory: microbatches of {max_tokens} tokens from now on, not {limits.max_tokens}; "
+            "the loss is the same"
         )
+        limits.max_tokens = max_tokens
+    return sums
 
 
 def gradients(policy: Policy, algorithm: Algorithm, minibatch: Rollout, max_tokens: int) -> dict[str, Tensor]:
-    """Adds the minibatch's gradients to the parameters'; returns this process's part of its loss and metrics."""
+    """Adds this process's part of the minibatch's gradients to the policy's; returns its part of loss and metrics."""
     sums: dict[str, Tensor] = {}
     for rows, weight in distributed.microbatches(minibatch, max_tokens, policy.packed):
         microbatch = minibatch.rows(rows)

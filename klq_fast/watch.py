@@ -14,10 +14,13 @@ import torch
 from .batch import Rollout
 from .metrics import Record
 
-START = 3  # batches that stand for the policy before training: the first is exactly that, and none is noise-free
+START = 1  # batch that stands for the policy before training: the second may come from one that is ruined
 RECENT = 5  # batches that stand for now
-EARLIEST = START + RECENT  # no finding before this batch: the two must not overlap
-NOISE = 3.0  # standard deviations of a batch's score; a difference of the two means has 0.73 of one, so that is four
+EARLIEST = 8  # no finding before this batch: some healthy runs fall in their first steps, and have recovered by then
+NOISE = 4.0  # standard deviations of a difference of two means
+DIFFERENCE = math.sqrt(1 / START + 1 / RECENT)  # of the two above, in standard deviations of one batch's mean
+SWINGS = 3  # times in WINDOW batches; of 500 runs that did not fail two swung once, and none twice
+WINDOW = 10
 FAR = 0.1  # nats a sequence: below it a whole response is a tenth likelier than under the reference
 STILL = 1e-5  # nats; an estimate of a KL from a policy that moves has noise of √(2·KL / batch size), far above it
 COLLAPSE = 0.5  # of the length or of distinct_2 at the start
@@ -87,12 +90,27 @@ def _runaway(records: Sequence[Record], tau: float) -> str | None:
         return None
     start, score, kl = fmean(before), fmean(scores), fmean(kls)
     lost = start - (score - tau * kl)
-    if lost <= NOISE * _noise(records) or kl <= FAR:
+    if lost <= NOISE * DIFFERENCE * _noise(records) or kl <= FAR:
         return None
     return (
         f"KL is running away: over {RECENT} batches it is {kl:.3g} nats a sequence and costs {tau * kl:.3g} (τ·KL), "
         f"while the score went from {start:.3g} to {score:.3g}: worse than the reference by {lost:.3g}. "
         "Try a lower --learning-rate, then fewer --epochs, then a larger --tau"
+    )
+
+
+def _swinging(records: Sequence[Record], tau: float) -> str | None:
+    """A policy that learns goes one way; one whose steps are too long is thrown back by the next."""
+    recent = records[-WINDOW:]
+    scores = _values(recent, "score")
+    steps, least = [b - a for a, b in itertools.pairwise(scores)], NOISE * math.sqrt(2) * _noise(recent)
+    swings = [abs(b) for a, b in itertools.pairwise(steps) if a * b < 0 and min(abs(a), abs(b)) > least]
+    if len(swings) < SWINGS:
+        return None
+    return (
+        f"the policy is thrown to and fro: in {len(recent)} batches the score swung {len(swings)} times, by "
+        f"{fmean(swings):.3g} on average, where the sampling of responses explains {least / NOISE:.2g}. Try a lower "
+        "--learning-rate, then fewer --epochs"
     )
 
 
@@ -161,7 +179,7 @@ def _values_explode(records: Sequence[Record], tau: float) -> str | None:
 def _hacking(records: Sequence[Record], tau: float) -> str | None:
     """The reward rises by a way that leaves less and less of a language model."""
     before, scores = _at_start(records, "score"), _recent(records, "score")
-    if not (before and scores) or fmean(scores) - fmean(before) <= NOISE * _noise(records):
+    if not (before and scores) or fmean(scores) - fmean(before) <= NOISE * DIFFERENCE * _noise(records):
         return None
     fallen = []
     for name, what, least in (
@@ -183,6 +201,7 @@ def _hacking(records: Sequence[Record], tau: float) -> str | None:
 # Run in this order; the names keep track of what was said.
 SIGNATURES: dict[str, Callable[[Sequence[Record], float], str | None]] = {
     "kl_runaway": _runaway,
+    "swinging": _swinging,
     "not_moving": _still,
     "values_worthless": _values_worthless,
     "values_explode": _values_explode,
@@ -204,9 +223,9 @@ def _recent(records: Sequence[Record], name: str) -> list[float]:
 
 
 def _noise(records: Sequence[Record]) -> float:
-    """The standard deviation of a batch's score around its trend, from the steps to the next one: of a normal
-    distribution they are 2/√π = 1.13 of it in the mean. A median would be 0 where most scores are, as a rare reward's.
-    """
-    scores = _values(records, "score")
-    steps = [abs(b - a) for a, b in itertools.pairwise(scores)]
-    return fmean(steps) / 1.13 if steps else 0.0
+    """The standard deviation of a batch's mean score, if the policy did not change: from the spread of the scores in
+    all these batches, as a rare reward leaves many of them without any."""
+    spreads, last = _values(records, "score_std"), records[-1]
+    if not (spreads and "episodes" in last):
+        return math.inf
+    return math.sqrt(fmean(spread**2 for spread in spreads) * last["batch"] / last["episodes"])

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from watch import watch
 
-from klq_fast import memory, options
+from klq_fast import memory, options, plots
 from klq_fast.batch import Rollout
 from klq_fast.checkpoint import restore_checkpoint, save_checkpoint
 from klq_fast.config import Config, InputError
+from klq_fast.decode import decode
 from klq_fast.klq import KLQ
 from klq_fast.metrics import read_lines
 from klq_fast.models import Policy, load_policy
 from klq_fast.ppo import PPO
+from klq_fast.rollout import with_logprobs
 from klq_fast.train import main
 
 CPU = torch.device("cpu")
@@ -114,29 +116,26 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Runs the first line of arguments, for what is imported and cached on the way, and then each of the others in a fork of
-# itself, where the peak of what is resident is counted from before the run.
+# Makes the runs whose arguments come in lines, and says of each but the first by how much the most that was resident
+# exceeds what was before. The first one is for what is imported, touched of libraries' files and cached by the way.
 CHILD = """
-import json, os, sys
+import gc, json, sys
 import torch
-from klq_fast import train
+from klq_fast import plots, train
 
 def resident(name):
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
     return int(line.split()[1]) * 1024
 
-results, sys.stdout = sys.stdout.fileno(), sys.stderr
-torch.set_num_threads(1)
-train.main(json.loads(sys.stdin.readline()))
+plots.draw = lambda run: None
+results, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
-    if os.fork() == 0:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak is counted from here
-        before = resident("VmRSS")
-        train.main(json.loads(line))
-        os.write(results, f"{resident('VmHWM') - before}\\n".encode())
-        os._exit(0)
-    os.wait()
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    train.main(json.loads(line))
+    print(resident("VmHWM") - before, file=results)
 """
 
 
@@ -148,48 +147,40 @@ def test_the_predicted_peak_is_what_a_run_makes_resident(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     # glibc gives back what is freed of blocks from this size on, so that what is resident is what is in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdin and child.stdout and child.stderr
-        predicted = {}
-        warm_up = f"--policy={folder / 'neox'} --dataset={folder / 'prompts.jsonl'} --reward=memory_rewards:length"
-        sizes = f"--episodes=4 --batch-size=4 --response-length=4 --eval-prompts=1 --output-dir={tmp_path / 'warm-up'}"
-        child.stdin.write(json.dumps(["custom", *warm_up.split(), *sizes.split()]) + "\n")
-        for algorithm, microbatch_tokens in (("klq", 256), ("klq", 1024), ("ppo", 1024)):
-            values: dict[str, Any] = {
-                "policy": str(small / "policy"),
-                "dataset": str(small / "prompts.jsonl"),
-                "reward": "memory_rewards:length",
-                "algorithm": algorithm,
-                "microbatch_tokens": microbatch_tokens,
-                "batch_size": 8,
-                "episodes": 8,
-                "epochs": 2,
-                "prompt_length": 96,
-                "response_length": 32,
-                "temperature": 1.0,
-                "eval_prompts": 1,
-            }
-            predicted[algorithm, microbatch_tokens] = memory.predict(Config(**values), [96] * 8, device="CPU").peak
-            run = tmp_path / f"{algorithm}-{microbatch_tokens}"
-            given = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-            child.stdin.write(json.dumps(["custom", *given, "--threads=1", f"--output-dir={run}"]) + "\n")
-        output, errors = child.communicate()
-    measured = [int(line) for line in output.split()]
-    assert len(measured) == len(predicted), errors
-    got = dict(zip(predicted, measured, strict=True))
-    for case, expected in predicted.items():
-        # Beside tensors a run takes some 50 MiB, whatever the model: heap, MKL's buffers, file pages of the weights.
-        assert -(2**20) < got[case] - expected < 70 * 2**20, (case, expected, got[case])
-    more = predicted["klq", 1024] - predicted["klq", 256]
-    assert more == pytest.approx(got["klq", 1024] - got["klq", 256], rel=0.15)
-    assert predicted["klq", 1024] > 1.2 * predicted["klq", 256]  # else the microbatch would not matter
+    predicted, lines = [], ""
+    for algorithm, rows, microbatch_tokens in (("klq", 1, 128), ("klq", 4, 128), ("ppo", 4, 512)):
+        values: dict[str, Any] = {
+            "policy": str(small / "policy"),
+            "dataset": str(small / "prompts.jsonl"),
+            "reward": "memory_rewards:length",
+            "algorithm": algorithm,
+            "microbatch_tokens": microbatch_tokens,
+            "batch_size": rows,
+            "episodes": rows,
+            "epochs": 2,  # in the second step Adam has its state
+            "prompt_length": 96,
+            "response_length": 32,
+            "temperature": 1.0,
+            "eval_prompts": 1,
+        }
+        predicted.append(memory.predict(Config(**values), [96] * rows, device="CPU").peak)
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        run = tmp_path / f"run{len(predicted)}"
+        lines += json.dumps(["custom", *given, "--threads=1", f"--output-dir={run}"]) + "\n"
+    child = subprocess.run([sys.executable, "-c", CHILD], input=lines, capture_output=True, text=True)
+    measured = [int(line) for line in child.stdout.split()]
+    assert len(measured) == 3, child.stderr
+    # Python's own objects, and what libraries' allocators keep: 1 to 3 MiB of 195 and 212. The first run also has some
+    # 40 of libraries' code and tables, which are the same for any model.
+    assert measured[1:] == pytest.approx(predicted[1:], rel=0.03)
+    assert predicted[2] > 1.08 * predicted[1]  # the microbatch matters by more than that
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("algorithm", ["klq", "ppo"])
-@pytest.mark.parametrize("option", ["", "activation_checkpointing", "lora_rank", "freeze_head"])
+@pytest.mark.parametrize(
+    ("algorithm", "option"),
+    [("klq", ""), ("ppo", ""), ("klq", "activation_checkpointing"), ("klq", "lora_rank"), ("klq", "freeze_head")],
+)
 def test_the_predicted_update_is_what_pytorch_allocates(small: Path, algorithm: str, option: str) -> None:
     """The same microbatches with numbers, counted by PyTorch's profiler."""
     config = settings(
@@ -218,8 +209,29 @@ def test_the_predicted_update_is_what_pytorch_allocates(small: Path, algorithm: 
     optimizer.zero_grad()
     peak = watch(update).peak
     stays = needs.parameters + needs.optimizer + needs.reference
-    # Operators' own buffers, such as transposed weights and attention's, which the meta device does not show.
-    assert needs.update - stays == pytest.approx(peak, rel=0.08)
+    # What operators take and free inside of themselves does not show on the meta device.
+    assert needs.update - stays == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("max_tokens", [200, 2000])
+def test_the_predicted_rollout_and_log_probs_are_what_pytorch_allocates(small: Path, max_tokens: int) -> None:
+    """Prompts are read in parts of 200 tokens, or together."""
+    prompts, length = [60, 70, 80, 80, 90, 96], 16
+    config = settings(policy=str(small / "policy"), batch_size=6, microbatch_tokens=max_tokens, response_length=length)
+    needs = memory.predict(config, prompts, device="CPU")
+    policy, batch = load_policy(str(small / "policy"), 1.0, CPU), rollout(8192, prompts, length)
+    numbers = torch.rand(6, length, dtype=torch.float64)
+
+    def answer() -> object:
+        return decode(policy, batch.prompt_tokens, batch.prompt_lengths, length, [], 0, numbers, max_tokens)
+
+    def measure() -> object:
+        return with_logprobs(batch, policy, policy, max_tokens)
+
+    stays = needs.parameters + needs.optimizer + needs.reference
+    assert needs.rollout - stays == pytest.approx(watch(answer).peak, rel=0.01)
+    assert needs.logprobs - stays == pytest.approx(watch(measure).peak, rel=0.01)
 
 
 def test_only_a_config_is_read(tmp_path: Path, small: Path) -> None:
@@ -243,8 +255,8 @@ def test_what_is_counted_by_parameters(folder: Path) -> None:
         # two layers, keys and values, of 32 numbers (llama: one key-value head of two), 4 rows of 10 + 6 tokens
         assert cpu.kv_cache == 2 * 2 * (16 if name == "llama" else 32) * 4 * 4 * 16
         gpu = memory.predict(config, [10] * 4, device="GPU", world_size=4)
-        assert gpu.parameters == 4 * size // 4 + 4 * size
-        assert (gpu.gradients, gpu.optimizer, gpu.reference) == (size, 2 * size, 2 * size)
+        assert gpu.parameters == 4 * size // 4 + 2 * size
+        assert (gpu.gradients, gpu.optimizer, gpu.reference) == (4 * size, 2 * size, 2 * size)
         assert gpu.reward_model == cpu.reward_model // 2
         assert memory.predict(replace(config, lora_rank=2), [10] * 4, device="GPU").reference == 0
         assert memory.predict(replace(config, adam_8bit=True), [10] * 4, device="CPU").optimizer == int(
@@ -253,22 +265,39 @@ def test_what_is_counted_by_parameters(folder: Path) -> None:
         offloaded = memory.predict(replace(config, offload=True), [10] * 4, device="GPU", world_size=4)
         assert offloaded.update == gpu.update - gpu.reference - gpu.reward_model
         assert offloaded.logprobs == gpu.logprobs - gpu.reward_model
+        plain = memory.predict(replace(config, reward_model=None), [10] * 4, device="GPU", world_size=4)
+        assert plain.score == plain.parameters + plain.optimizer + plain.reference  # the cache is gone by then
 
 
 def test_the_table_has_a_column_for_here_and_for_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = settings(policy=str(folder / "neox"), batch_size=8, reward_model=str(folder / "distilbert_reward"))
-    lines = memory.table(config, [10, 20, 30]).splitlines()
+    lines = memory.table(config, [10, 20, 30])
     assert "2 CPUs" in lines[1] and "1 GPU" in lines[1] and "8 GPUs" in lines[1]
-    names = {" ".join(line.strip("# ").split()[:-4]) for line in lines[2:-1]}
+    names = {" ".join(line.split()[:-4]) for line in lines[2:-1]}
     assert {"parameters", "gradients", "optimizer", "reference", "reward model", "KV cache", "activations"} <= names
     assert {"kernel buffers", "rollout", "score", "logprobs", "update", "peak"} <= names
 
 
+def test_a_dry_run_predicts_for_the_prompts_that_there_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 9 and 10 letters, and so of as many tokens; --prompt-length alone would allow 512."""
+    names = {"policy": folder / "neox", "dataset": folder / "prompts.jsonl", "reward": "memory_rewards:length"}
+    files = {option: str(name) for option, name in names.items()}
+    given = [f"--{name}={value}" for name, value in files.items()]
+    main(["custom", *given, "--batch-size=8", "--eval-prompts=1", f"--output-dir={tmp_path / 'run'}", "--dry-run"])
+    said = capsys.readouterr().out.splitlines()
+    config = Config(**files, batch_size=8)  # type: ignore[arg-type]
+    lengths = [9] * 9 + [10] * 10  # "prompt 0:" and nine more, "prompt 10:" and nine more, less one held out
+    for expected, there in ((lengths, True), ((), False)):
+        (cache,) = [line for line in memory.table(config, expected) if "KV cache" in line]
+        assert (f"# {cache}" in said) is there
+
+
 def test_no_config_is_one_line(folder: Path, tmp_path: Path) -> None:
-    text = memory.table(settings(policy=str(tmp_path / "nowhere")))
-    assert text.startswith("# memory: not predicted: --policy: no config.json could be read from")
-    assert len(text.splitlines()) == 1
+    (line,) = memory.table(settings(policy=str(tmp_path / "nowhere")))
+    assert line.startswith("memory: not predicted: --policy: no config.json could be read from")
 
 
 # The options.
@@ -396,10 +425,10 @@ def test_8_bit_adam_moves_as_adam_does_in_a_quarter_of_its_memory(small: Path, t
     exact, rounded = (torch.nn.utils.parameters_to_vector(p.parameters()) - before for p in policies.values())
     # Each moment is rounded to 1 of 256 levels of its block: a few per cent of a step, and nothing of its direction.
     assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98
-    assert rounded.norm() == pytest.approx(exact.norm(), rel=0.05)
+    assert float(rounded.norm()) == pytest.approx(float(exact.norm()), rel=0.05)
     size = sum(p.numel() for p in policy.parameters())
     moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
-    held = sum(getattr(x, "codes", x).nbytes + getattr(x, "scale", x.new_empty(0)).nbytes for x in moments)
+    held = sum(getattr(x, "codes", x).nbytes + getattr(x, "scale", torch.empty(0)).nbytes for x in moments)
     assert 2 * size <= held < 2.1 * size  # against 8 · size: two numbers of a byte, and the scales
 
     save_checkpoint(tmp_path, 4, policy, optimizer)
@@ -468,8 +497,12 @@ OPTIONS = {
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("case", OPTIONS)
-def test_a_run_with_options_resumes_exactly_and_exports_a_plain_model(folder: Path, tmp_path: Path, case: str) -> None:
+def test_a_run_with_options_resumes_exactly_and_exports_a_plain_model(
+    folder: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import memory_rewards  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(plots, "draw", lambda run: None)  # it takes longer than these runs
 
     if case == "8-bit":
         pytest.importorskip("torchao")

@@ -1,10 +1,13 @@
 """Rollouts: samples from exactly softmax(logits / temperature), whatever the batch; lengths, log-probs and values."""
 
+import argparse
 import copy
 import dataclasses
 import json
 import shutil
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from watch import watch
 
 import klq_fast.rollout
+from benchmarks import rollout as rollout_benchmark
+from benchmarks import rollout_worker, train_step
 from klq_fast.batch import Rollout
 from klq_fast.data import Prompt
-from klq_fast.decode import next_logits, sample
+from klq_fast.decode import Decoder, next_logits, sample
 from klq_fast.models import Policy, load_policy, load_reference
 from klq_fast.rollout import EVAL_STREAM, TRAIN_STREAM, Generator, uniforms, with_logprobs
 
@@ -313,8 +319,7 @@ def test_a_batch_that_ends_early_is_narrow(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_end_leave_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """In steps of a quarter of the rows; those that stay write what they would have written, and one batch's cache
-    serves the next, as on a GPU."""
+    """In steps of a quarter of the rows; those that stay write what they would have written."""
     generator = exact(folder / family)
     end: Any = generator.tokenizer.eos_token_id
     texts = [*TEXTS, "bc", "the end"]
@@ -322,22 +327,102 @@ def test_rows_that_end_leave_the_batch(folder: Path, monkeypatch: pytest.MonkeyP
     wanted = [[30 + row, *range(20, 20 + count), end][:LENGTH] for row, count in enumerate([0, 9, 1, 3, 3, 20, 0, 1])]
     force(monkeypatch, generator, prompts, wanted)
     sizes: list[int] = []
-    plain = generator.decoder.step
+    plain = Decoder.step
 
-    def step(token: Tensor) -> Tensor:
+    def step(self: Decoder, token: Tensor) -> Tensor:
         sizes.append(len(token))
-        return plain(token)
+        return plain(self, token)
 
-    monkeypatch.setattr(generator.decoder, "step", step)
-    monkeypatch.setattr(generator.decoder, "end", lambda: None)
-    for _ in range(2):
-        assert responses_of(generator.respond(prompts, range(8), TRAIN_STREAM)) == wanted
-        # 8 rows; after 2 tokens 6 are left, after 3 tokens 4, after 5 tokens 2, of which one ends with the 11th.
-        assert sizes == [8, 6, 4, 4, *[2] * 7]
-        sizes.clear()
-        held = generator.decoder.cache
-    few = generator.respond(prompts[1:3], [1, 2], TRAIN_STREAM)  # the first rows of the same cache
-    assert generator.decoder.cache is held and len(few) == 2
+    monkeypatch.setattr(Decoder, "step", step)
+    assert responses_of(generator.respond(prompts, range(8), TRAIN_STREAM)) == wanted
+    # 8 rows; after 2 tokens 6 are left, after 3 tokens 4, after 5 tokens 2, of which one ends with the 11th.
+    assert sizes == [8, 6, 4, 4, *[2] * 7]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_read_in_parts(folder: Path, family: str, packed: bool) -> None:
+    """Their keys, values and next logits are those of each prompt alone, however many are read at a time."""
+    policy = exact(folder / family).policy
+    policy.packed = packed  # else they are padded and read at once
+    lengths = torch.tensor([3, 1, 9, 9, 2, 5, 1])
+    tokens = torch.randint(2, 200, (len(lengths), 9), generator=torch.Generator().manual_seed(0))
+    alone = [policy.model(input_ids=row[9 - n :][None], use_cache=True) for row, n in zip(tokens, lengths, strict=True)]
+    expected = torch.cat([output.logits[:, -1] for output in alone])
+    after = torch.full((len(lengths), 1), 7)
+    expected_after = torch.cat(
+        [policy.model(input_ids=after[:1], past_key_values=output.past_key_values).logits[:, -1] for output in alone]
+    )
+    for max_tokens in (1, 10, 12, 10**6):
+        decoder = Decoder(policy)
+        torch.testing.assert_close(decoder.begin(tokens, lengths, 4, max_tokens), expected, rtol=0, atol=1e-10)
+        assert decoder.cache is not None
+        layers: list[tuple[Any, ...]] = list(zip(decoder.cache.layers, *(o.past_key_values.layers for o in alone)))  # noqa: B905
+        for layer, *rows in layers if packed else []:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                for one, n, row in zip(held, lengths, rows, strict=True):
+                    right = getattr(row, name)[0, :, :n]
+                    torch.testing.assert_close(one[:, 9 - n : 9], right, rtol=0, atol=1e-10)
+                    assert not one[:, : 9 - n].any() and not one[:, 9:].any()
+        torch.testing.assert_close(decoder.step(after[:, 0]), expected_after, rtol=0, atol=1e-10)
+    assert expected.std(0).min() > 0.1  # a token of another prompt, or a position one off, would be seen
+
+
+def test_reading_prompts_in_parts_takes_less_memory(folder: Path) -> None:
+    policy = load(folder / "neox").policy
+    tokens, lengths = torch.full((64, 40), 5), torch.arange(64) % 20 + 21
+
+    def activations(max_tokens: int) -> int:
+        decoder = Decoder(policy)
+        peak = watch(lambda: decoder.begin(tokens, lengths, 1, max_tokens)).peak
+        assert decoder.cache is not None
+        layers: list[Any] = decoder.cache.layers
+        return peak - sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    # A tenth of the tokens at a time; logits and masks of all rows are there in both.
+    assert activations(195) < activations(1950) / 3
+
+
+def test_nothing_is_kept_of_a_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the cache would take the update's memory: it is gone as soon as there are responses."""
+    caches: list[Any] = []
+    plain = Decoder.begin
+
+    def begin(self: Decoder, *args: Any) -> Tensor:
+        logits = plain(self, *args)
+        caches.append(weakref.ref(self.cache))
+        return logits
+
+    monkeypatch.setattr(Decoder, "begin", begin)
+    generator = load(folder / "neox")
+    generator.respond(prompts_of(generator), EPISODES, TRAIN_STREAM)
+    assert [cache() for cache in caches] == [None]
+
+
+@pytest.mark.parametrize(
+    ("rope", "capturable"),
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}, False),
+    ],
+)
+def test_steps_that_wait_for_the_device_are_not_captured(rope: dict[str, Any], capturable: bool) -> None:
+    """Frequencies that follow the longest text are chosen on the host, in the middle of a step."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,  # type: ignore[call-arg]
+        rope_parameters=rope | {"rope_theta": 10_000.0},
+    )
+    policy = Policy(LlamaForCausalLM(config).eval(), 1.0)
+    assert policy.packed and Decoder(policy).capturable == capturable
 
 
 def test_logits_of_a_16_bit_head_are_not_rounded(folder: Path) -> None:
@@ -603,3 +688,30 @@ def test_microbatches_cover_each_row_once(max_tokens: int) -> None:
         assert sum(sizes) <= 2 * needed + 40  # alike in length: at most about half is padding
         if max_tokens == 100_000:
             assert len(batches) == 1
+
+
+# The benchmark.
+
+
+def test_the_benchmark_finds_wrong_responses(tmp_path: Path) -> None:
+    """One token that is not the likeliest, or a response too short; and right ones pass."""
+    size = train_step.Size("2 layers", 2, 32, 2, 64, rows=6, longest_prompt=12, response=5, microbatch=2, trl_rollout=6)
+    train_step.make_stand_ins(size, tmp_path)
+    options = argparse.Namespace(threads=torch.get_num_threads(), batches=2)
+    entry: dict[str, Any] = {"size": dataclasses.asdict(size), "case": next(iter(rollout_benchmark.ENDS)), "runs": {}}
+    entry |= {"missed": [], "wrong": []}
+    workers = {"transformers": rollout_worker.transformers, "klq_fast": rollout_worker.klq_fast}
+    for name, load in workers.items():
+        spec = rollout_benchmark.specification(name, size, "cpu", options, tmp_path, greedy=True)
+        greedy = load(spec)(0, True)
+        short = partial(rollout_benchmark.short_of_best, spec["model"], spec["prompts"], device="cpu")
+        run = {"seconds": [2.0, 1.0], "tokens": [30, 30], "peak_bytes": 2**20, "same_rows": 6, "round": 0}
+        entry["runs"][name] = [run | {"short_of_best": short(greedy)}]
+        rollout_benchmark.check(entry, spec)
+    assert entry["wrong"] == []
+    table = [line for line in rollout_benchmark.page(entry) if line.startswith("| klq_fast |")]
+    assert table == ["| klq_fast | 1.000 (1.000 to 1.000); first 2 | 30 | 1 (1 to 1) | 1.00 (1.00 to 1.00) | 6 of 6 |"]
+    greedy[3][2] = (greedy[3][2] + 1) % 60 + 2
+    entry["runs"]["klq_fast"] = [run | {"short_of_best": short(greedy), "tokens": [30, 29]}]
+    rollout_benchmark.check(entry, spec)
+    assert len(entry["wrong"]) == 2 and "short of the largest logit" in entry["wrong"][1]

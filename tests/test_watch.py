@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from klq_fast import plots
 from klq_fast.batch import Rollout
 from klq_fast.config import Config, InputError
 from klq_fast.metrics import Record, Reporter, check_tracker, read_lines
@@ -29,6 +30,8 @@ def healthy(batches: int = 60, seed: int = 0, scale: float = 1.0) -> list[Record
         records.append(
             {
                 "batch": i + 1,
+                "episodes": 64 * (i + 1),
+                "score_std": scale * 0.8,  # a batch's mean is off by an eighth of it
                 "score": scale * (0.2 + 0.8 * learned + noise.gauss(0, 0.1)),
                 "kl": scale * (6 * learned + noise.gauss(0, 0.2) * (i > 0)),
                 "loss": scale**2 * 0.2 * noise.uniform(0.7, 1.3),
@@ -78,6 +81,9 @@ FAILURES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "kl_runaway": ("KL is running away", 20, {"kl": lambda i: 6 * 1.2**i}),
     # The score falls below where it began.
     "kl_runaway, by the score": ("KL is running away", 20, {"score": lambda i: 0.8 - 0.1 * i}),
+    # As in the first step of too high a learning rate: all batches but the first are of a policy that is worse.
+    "kl_runaway, from the first step on": ("KL is running away", 1, {"score": -0.3, "kl": 1.0}),
+    "swinging": ("thrown to and fro", 20, {"score": lambda i: 1.5 + 0.5 * (-1) ** i}),
     "not_moving": ("the policy is not moving: KL is 0", 0, {"kl": 0.0}),
     "not_moving, no gradient": ("the policy is not moving: the gradient was 0", 20, {"grad_norm": 0.0}),
     "not_moving, collapsed": ("KL has collapsed to zero", 30, {"kl": 1e-7}),
@@ -125,8 +131,18 @@ def test_errors_that_grow_with_what_is_there_to_explain_are_no_explosion() -> No
 
 def test_a_rare_reward_has_noise() -> None:
     """Most batches score 0: the policy spends less KL than the few that do not are worth."""
-    rare = changed(healthy(), 0, score=lambda i: 0.0 if i % 4 else 0.4, kl=lambda i: 0.1 * i)
+    rare = changed(
+        healthy(),
+        0,
+        score=lambda i: 0.4 if i % 4 == 3 else 0.0,  # the first batch has none, and so no spread
+        score_std=lambda i: 2.0 if i % 4 == 3 else 0.0,
+        kl=lambda i: 0.1 * i,
+    )
     assert warnings(rare) == {}
+
+
+def test_steps_one_way_are_no_swings() -> None:
+    assert warnings(changed(healthy(), 0, score=lambda i: 0.2 + 2 * min(i, 12), kl=1.0)) == {}
 
 
 def test_shorter_answers_without_a_rising_score_are_no_hacking() -> None:
@@ -210,18 +226,20 @@ def test_runs_that_fail_say_so_and_one_that_learns_does_not(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(plots, "draw", lambda run: None)  # it takes longer than these runs
 
     def said(reward: str, *more: str) -> list[str]:
         records = run(folder, tmp_path / f"run{len(list(tmp_path.iterdir()))}", reward, *more)
         found = [text for record in records for text in record.get("warnings", [])]
-        assert all({"entropy", "distinct_2"} <= record.keys() for record in records)
+        assert all({"entropy", "distinct_2", "tflops_per_device"} <= record.keys() for record in records)
         printed = capsys.readouterr().out.replace("\n", " ")
         assert all(f"warning: {text}" in printed for text in found)
         return found
 
     assert said("ascii", "--learning-rate", "3e-3", "--policy-weight", "20") == []
-    # A step of 0.3 on weights of 0.02 puts the policy somewhere else at once, which no score here can pay for.
+    # A step of 0.3 on weights of 0.02 puts the policy somewhere else at once, and with τ = 0.5 no score can pay for it.
     assert any("KL is running away" in text for text in said("ascii", "--learning-rate", "0.3", "--tau", "0.5"))
+    assert any("thrown to and fro" in text for text in said("ascii", "--learning-rate", "0.3"))
     # The shortest answer is none: τ = 0.001 lets it go there.
     hacked = said("short", "--learning-rate", "1e-2", "--tau", "1e-3", "--policy-weight", "1000")
     assert any("reward hacking" in text and "the responses' length" in text for text in hacked)
@@ -291,6 +309,36 @@ def test_a_resumed_run_is_the_same_run_of_the_tracker(
     first, resumed, other = (run.options[key] for run in runs)
     assert first == resumed != other  # another run, in a folder of the same name
     assert {run.options["resume"] for run in runs} == {"allow"}
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+
+    def call(name: str) -> FakeRun:
+        calls.append(name)
+        if name == fails or (fails == "log" and name == "finish"):  # what failed once often fails again
+            raise ConnectionError("no route to host")
+        return tracked
+
+    tracked: Any = FakeRun({})
+    tracked.log, tracked.finish = lambda *args: call("log"), lambda: call("finish")
+    library: Any = type(sys)("wandb")
+    library.init = lambda **options: call("init")
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    with Reporter(3) as reporter:
+        reporter.track("wandb", tmp_path, {}, 0)
+        reporter.start_at(0)
+        for batch in (1, 2):
+            reporter.batch({"batch": batch, "score": 2.0, "rlhf_reward": 0.0, "kl": 0.0, "loss": 0.0, "seconds": 1.0})
+    said = capsys.readouterr().out
+    assert "batch 2/3" in said
+    assert said.count("the tracker failed (ConnectionError: no route to host): the run goes on without it") == 1
+    assert (
+        calls == {"init": ["init"], "log": ["init", "log", "finish"], "finish": ["init", "log", "log", "finish"]}[fails]
+    )
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
