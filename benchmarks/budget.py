@@ -244,9 +244,9 @@ def tables() -> str:
                     f"{most(memory(model, batch, gpus)) / 1e9:.0f}",
                 ]
             )
-    # Microbatches as benchmarks/train_step.py's on a GPU: 16 padded rows.
-    tokens = 16 * (batch.longest + batch.response)
-    columns = [*memory(model, batch, 1, tokens).values(), trl_memory(model, tokens)]
+    # Microbatches as benchmarks/train_step.py's on a GPU: 16 rows, TRL's padded.
+    own, padded = round(16 * batch.tokens / batch.rows), 16 * (batch.longest + batch.response)
+    columns = [*memory(model, batch, 1, own).values(), trl_memory(model, padded)]
     held = [["GB on one GPU", *(f"klq_fast, {phase}" for phase in ("update", "rollout")), "TRL's PPO, update"]]
     held += [[name, *(f"{column[name] / 1e9:.1f}" for column in columns)] for name in columns[0]]
     held.append(["together", *(f"{sum(column.values()) / 1e9:.0f}" for column in columns)])

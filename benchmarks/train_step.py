@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -46,8 +47,8 @@ takes from generation at a cost in memory. Memory is the process's peak up to th
 holds once its libraries are imported (on a GPU, the most that PyTorch had allocated); "at its end" counts what follows,
 which is our checkpoint, saved policy and figures, and nothing in TRL. "speed" is TRL's time over this one's, "memory"
 this one's over TRL's: medians of the rounds' ratios. End-of-sequence and padding tokens have logits 30 lower than
-others in both, so that every response has its full length. Both have microbatches of the same size, with which TRL is
-as fast as with larger ones, and leaner. Ours decodes responses and tokenizes them anew for the reward model, as it does
+others in both, so that every response has its full length. Both have microbatches of as many rows, 16 as in TRL's own
+example for TL;DR, ours without padding. Ours decodes responses and tokenizes them anew for the reward model, as it does
 for any; TRL hands over tokens."""
 
 Results = dict[str, Any]
@@ -65,7 +66,7 @@ class Size:
     rows: int
     longest_prompt: int
     response: int
-    microbatch: int  # rows in a forward and backward pass of TRL's, and as many tokens of ours
+    microbatch: int  # rows in a forward and backward pass
     trl_rollout: int  # rows that TRL generates and scores at a time
     epochs: int = 4
 
@@ -193,6 +194,7 @@ def specification(
         "device": device,
         "threads": options.threads,
         "batches": options.batches,
+        "microbatch_tokens": microbatch_tokens(size),
         "policy": str(folder / "policy"),
         "reward_model": str(folder / "reward_model"),
         "dataset": str(folder / "prompts"),
@@ -310,6 +312,11 @@ def prompt_lengths(size: Size) -> list[int]:
     lengths = kept.round().astype(int).tolist()
     lengths[lengths.index(max(lengths))] = size.longest_prompt
     return lengths
+
+
+def microbatch_tokens(size: Size) -> int:
+    """Of as many rows as TRL's microbatch has, on average."""
+    return math.ceil(size.microbatch * (statistics.mean(prompt_lengths(size)) + size.response))
 
 
 def wrong_runs(found: Results) -> list[str]:

