@@ -135,7 +135,7 @@ def cache_bytes(model: Model, batch: Batch) -> float:
 
 
 def seconds(model: Model, batch: Batch, machine: Machine, gpus: int) -> dict[str, float]:
-    """Of one batch by phase, as predicted. Communication is counted in full, though FSDP2 hides part of it."""
+    """Of one batch by phase, as predicted. Communication is counted in full: nothing hides it."""
     work = flops(model, batch)
     forward, training = (gpus * machine.flops * share for share in (machine.forward_share, machine.training_share))
     bandwidth = machine.bandwidth * machine.bandwidth_share

@@ -62,6 +62,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """What autograd takes this tensor's gradient in: a parameter in 16 bits may ask for float32 (`grad_dtype`)."""
+    return (tensor.grad_dtype or tensor.dtype) if tensor.is_leaf else tensor.dtype
+
+
 def refuse_double_backward(name: str) -> None:
     """Called in a backward pass: with create_graph=True, its gradients would silently count as constants."""
     if torch.is_grad_enabled():

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from .batch import Sequences, microbatches, to_device
 from .models import Policy
 
 SIZES = 4  # a batch shrinks to the rows left in steps of a quarter, so that few shapes of tensors occur
+# The number of experts by the names that configs have for it; transformers' own aliases cover the rest.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def decode(
@@ -101,7 +103,6 @@ class Decoder:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.capturable = policy.packed and not _waits_in_a_step(policy.model.config.get_text_config())
         self.graph: torch.cuda.CUDAGraph | None = None  # the captured step of the present rows
         self.cache: Cache | None = None
         self.used = 0  # columns of the cache
@@ -162,7 +163,7 @@ class Decoder:
             self.graph.replay()
             return self.logits
         logits = self._step()
-        if token.is_cuda and self.capturable:  # everything that runs in it for the first time has done so
+        if _capturable(self.policy, token.device):  # everything that runs in it for the first time has done so
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self._step()
@@ -196,11 +197,18 @@ class Decoder:
         return next_logits(self.policy, output.last_hidden_state[:, -1])
 
 
-def _waits_in_a_step(config: PreTrainedConfig) -> bool:
-    """Whether the frequencies of rotary positions follow the longest text, which the host reads from the device."""
+def _capturable(policy: Policy, device: torch.device) -> bool:
+    """Whether a step runs on CUDA from its first kernel to its last without the host waiting for a result."""
+    config = policy.model.config.get_text_config()
+    # A mixture's host reads from the device how many tokens each expert got: PyTorch's grouped_mm does so on GPUs below
+    # sm_90 (pytorch issue 169970), a loop over the chosen experts on any.
+    parts = (config, getattr(config, "ffn_config", None))  # the latter in DBRX
+    mixture = any(getattr(part, name, None) for part in parts for name in EXPERTS)
+    # And how long the longest text is, where the frequencies of rotary positions follow it.
     found = getattr(config, "rope_parameters", None) or {}
     kinds = [found, *(each for each in found.values() if isinstance(each, dict))]  # some have them by kind of layer
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    follows = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    return device.type == "cuda" and policy.packed and not mixture and not follows
 
 
 def _fitting(left: int, size: int) -> int:

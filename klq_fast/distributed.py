@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -170,7 +171,7 @@ def share(sizes: Sequence[int], work: Callable[[list[int]], T]) -> tuple[list[in
     except InputError as error:
         outcome = error
     except torch.OutOfMemoryError as error:
-        outcome = InputError(f"out of memory with a single row: {_first_line(error)}")
+        outcome = InputError(f"with a single row: {out_of_memory(error)}")
     outcomes: list[Any] = [outcome]
     if _world.size > 1:
         outcomes = [None] * _world.size
@@ -179,7 +180,7 @@ def share(sizes: Sequence[int], work: Callable[[list[int]], T]) -> tuple[list[in
         if isinstance(each, InputError):
             raise each
     if is_first() and (parts := max(map(len, outcomes))) > 1:
-        print(f"out of memory: {max(map(len, partition(sizes, _world.size)))} rows are done in {parts} parts")
+        _say_once(f"out of memory: a process does its rows in {parts} parts, whenever they do not fit at once")
     done = [call for each in outcomes for call in each]
     return [row for rows, _ in done for row in rows], [result for _, result in done]
 
@@ -196,8 +197,16 @@ def _in_memory(rows: list[int], work: Callable[[list[int]], T]) -> list[tuple[li
     return [*_in_memory(rows[:middle], work), *_in_memory(rows[middle:], work)]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+@cache
+def _say_once(message: str) -> None:
+    print(message)
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    return (
+        f"{(str(error) or 'out of memory').splitlines()[0]} --dry-run says what takes how much, and these take less: "
+        "--adam-8bit, --activation-checkpointing, --offload, --lora-rank, more GPUs, shorter prompts and responses"
+    )
 
 
 def share_rows(sizes: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -> list[T]:

@@ -29,6 +29,10 @@ PEAKS = {
 }
 
 
+# What transformers calls layers that do not attend, in a config's layer_types; "hybrid" ones do, beside a recurrence.
+WITHOUT_HEADS = {"linear_attention", "mamba", "conv", "moe", "mlp"}
+
+
 def peak_flops(name: str) -> float | None:
     """Of a device named so by CUDA, such as "NVIDIA H100 80GB HBM3"; None where it is not known, or a part of one."""
     match = re.search(r"\b([AH][12]00)\b(?:.*\b(PCIe|NVL)\b)?", name)
@@ -45,8 +49,9 @@ def needed_flops(
 
     They are those of the matrix products and of attention, without what a run does beyond need: padding, recomputation.
     A row of P + R tokens passes n = P + R − 1 of them through the trunk, as no token follows the last one. With M
-    numbers in the trunk's matrices, A in a layer's queries of a token and L layers, a forward pass is
-    2·M·n + 2·A·n·(n + 1)·L + 2·R·V·D, of which the last is the head at the response's tokens.
+    numbers in the trunk's matrices, A in a layer's queries of a token and L layers that attend, a forward pass is
+    2·M·n + 2·A·n·(n + 1)·L + 2·R·V·D, of which the last is the head at the response's tokens. Layers without attention
+    heads, such as Mamba's, make no products of pairs of tokens: none are counted for them.
 
     rollout: a forward pass, however it is cut into steps. score: the reward model's, at all P + R tokens (its own
     tokenizer may make others of them), attention as if it were causal. logprobs: policy and reference, a pass each.
@@ -89,11 +94,14 @@ def _matrices(module: nn.Module) -> list[Tensor]:
 
 def _attention(config: Any) -> int:
     """Operations of a token that attends to another, in all layers: 2 for each product of a query with a key, and for
-    each of its weight with a value."""
+    each of its weight with a value. 0 for a model without attention heads; of a hybrid's layers those with them."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 4 * heads * size * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 4 * heads * size * sum(kind not in WITHOUT_HEADS for kind in kinds)
 
 
 def throughput(policy: "Policy", config: "Config", devices: int) -> Callable[["Rollout", Mapping[str, Any]], Record]:

@@ -43,8 +43,9 @@ def only_here(name: str) -> bool:
 
 def not_here(option: str, name: str) -> HubError:
     return HubError(
-        f"--{option} {name}: it is not in this machine's cache, and the hub ({constants.ENDPOINT}) does not answer; "
-        f"where it does, `{download(option, name)}` makes a folder to give here: --{option} FOLDER"
+        f"--{option} {name}: there is no such folder, it is not in this machine's cache, and the hub "
+        f"({constants.ENDPOINT}) does not answer; where it does, `{download(option, name)}` "
+        f"makes a folder to give here: --{option} FOLDER"
     )
 
 

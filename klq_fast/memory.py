@@ -3,14 +3,16 @@
 Weights and what goes with them are counted (bytes a parameter, below). Activations are not guessed from a formula, that
 would have to know every architecture: the run's own forward and backward pass, loss included, is made on PyTorch's meta
 device, which has shapes but no numbers, and every tensor's birth and death in it are counted. So a model's config.json
-is all that is read, and any model, option or microbatch budget is covered.
+is all that is read. Where the meta device cannot make a model's pass, nothing is predicted: so it is for mixtures of
+experts in float32, as on a CPU, whose grouped product it knows in bf16 alone.
 
 Bytes a parameter of the policy, P in all and Pt of them trained, on each of K devices (distributed.py says why):
 
     CPU, K = 1   4·P weights, 4·Pt gradients, 8·Pt Adam, 4·P reference
-    CPU, K > 1   4·P/K master weights and 4·P that compute, 4·Pt, 8·Pt/K, 4·P
-    GPU          4·P/K master weights and 2·P in bf16 that compute, 4·Pt, 8·Pt/K, 2·P in bf16
+    CPU, K > 1   4·Pt/K + 4·(P − Pt) master weights and 4·P that compute, 4·Pt, 8·Pt/K, 4·P
+    GPU          4·Pt/K master weights and 2·P in bf16 that compute, 4·Pt, 8·Pt/K, 2·P in bf16
 
+Frozen master weights are not cut, and stay on the CPU: beside a GPU they take nothing of its memory.
 With 8-bit Adam 2·Pt·(1 + 4/256) stand for 8·Pt, with LoRA nothing for the reference. A reward model of R parameters
 takes 4·R bytes on CPU and 2·R on a GPU. With --offload reference and reward model count in their phase alone.
 
@@ -24,7 +26,8 @@ the head is frozen, V·D·4 of its gradient; N·D·4 of the gradient of the trun
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -79,7 +82,7 @@ class Needs:
 
 
 def table(config: Config, prompt_lengths: Sequence[int] = ()) -> list[str]:
-    """What the run needs on each device, here and on GPUs, in lines of text; one line where no config can be read.
+    """What the run needs on each device, here and on GPUs, in lines of text; one line where that cannot be predicted.
 
     prompt_lengths: the prompts' tokens; without them every prompt is taken to be as long as --prompt-length allows.
     """
@@ -88,7 +91,7 @@ def table(config: Config, prompt_lengths: Sequence[int] = ()) -> list[str]:
     columns = list(dict.fromkeys([here, *(("GPU", count) for count in GPUS)]))
     try:
         needs = [predict(config, prompt_lengths, device=kind, world_size=count) for kind, count in columns]
-    except InputError as error:
+    except (InputError, NotImplementedError) as error:
         return [f"memory: not predicted: {error}"]
     heads = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in columns]
     lines = [f"memory on each device, predicted (here: {heads[0]}), in GiB", _line("", heads)]
@@ -115,6 +118,7 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
 
     Raises:
         InputError: the config of the policy or reward model cannot be read.
+        NotImplementedError: PyTorch's meta device cannot make a pass of one of them.
     """
     assert config.policy is not None
     gpu = device == "GPU"
@@ -122,8 +126,11 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
     reward = reward_model_without_weights(config, dtype)
     if reward is not None:
         _count_attention(reward, device)
-    with Counter():  # whether packing works is asked of the model's numbers, which are taken to say yes
-        policy = Policy(_model(AutoModelForCausalLM, "policy", config.policy, dtype), config.temperature)
+    model = _model(AutoModelForCausalLM, "policy", config.policy, dtype)
+    # Whether packing works is asked of the model's numbers, in a first pass; they are taken to say yes.
+    with Counter(), _passes():
+        policy = Policy(model, config.temperature)
+    with Counter():
         policy.to(META)
         policy = options.prepared(policy, config)
         _count_attention(policy.model, device)
@@ -132,7 +139,9 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
     trained_size = sum(parameter.numel() for parameter in trained)
     width = dtype.itemsize
 
-    parameters = 4 * size // world_size + (width * size if gpu or world_size > 1 else 0)
+    parameters = 4 * trained_size // world_size + (0 if gpu else 4 * (size - trained_size))  # of the master weights
+    if gpu or world_size > 1:
+        parameters += width * size
     gradients = 4 * trained_size
     moments = 2 * trained_size * (1 + 4 / 256) if config.adam_8bit else 8 * trained_size
     optimizer = int(moments / world_size)
@@ -142,10 +151,11 @@ def predict(config: Config, prompt_lengths: Sequence[int] = (), *, device: str, 
     rows = -(-config.batch_size // world_size)
     prompts = _quantiles(prompt_lengths or [config.prompt_length], rows)
     minibatch = _quantiles(prompts, -(-(config.minibatch_size or config.batch_size) // world_size))
-    cache, decoding = _rollout(policy, prompts, config, gpu=gpu)
-    logprobs = _logprobs(policy, prompts, config)
-    activations, buffers, update = _update(policy, minibatch, config, world_size=world_size)
-    scoring = 0 if reward is None else _scoring(reward, prompts, config)
+    with _passes():
+        cache, decoding = _rollout(policy, prompts, config, gpu=gpu)
+        logprobs = _logprobs(policy, prompts, config)
+        activations, buffers, update = _update(policy, minibatch, config, world_size=world_size)
+        scoring = 0 if reward is None else _scoring(reward, prompts, config)
     stays = parameters + optimizer + (0 if config.offload else reference + reward_model)
     return Needs(
         parameters=parameters,
@@ -181,8 +191,20 @@ def _model(auto: Any, option: str, name: str, dtype: torch.dtype) -> PreTrainedM
         with META:
             return auto.from_config(config, dtype=dtype).eval()
     except (OSError, ValueError) as error:  # not there, no connection, or nothing that transformers knows
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--{option}: no config.json could be read from {name!r}: {reason}") from None
+        raise InputError(f"--{option}: no config.json could be read from {name!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _passes() -> Iterator[None]:
+    """Around passes on the meta device, which has no answer to some operators, or to some of their types."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        raise NotImplementedError(_first_line(error)) from error
 
 
 def _quantiles(lengths: Sequence[int], count: int) -> list[int]:

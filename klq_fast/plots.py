@@ -165,11 +165,15 @@ def _draw_frontier(cells: list[Record], ways: bool) -> plt.Figure:
     return figure
 
 
-def _cut(axis: Axis, means: list[float]) -> None:
-    """Ends an axis not far beyond the means, or the interval of one diverged run would leave no room for them."""
+def _cut(axis: Axis, means: list[float | None]) -> None:
+    """Ends an axis not far beyond the means, or the interval of one diverged run would leave no room for them. Where
+    they do not differ it stays as it is; None and NaN are those of runs that came to no finite number."""
+    known = [mean for mean in means if mean is not None and np.isfinite(mean)]
+    room = 0.25 * (max(known, default=0.0) - min(known, default=0.0))
+    if room == 0:
+        return
     low, high = axis.get_view_interval()
-    room = 0.25 * (max(means) - min(means))
-    axis.set_view_interval(max(low, min(means) - room), min(high, max(means) + room), ignore=True)
+    axis.set_view_interval(max(low, min(known) - room), min(high, max(known) + room), ignore=True)
 
 
 def _draw_ablation(cells: list[Record], label: str, log: bool) -> plt.Figure:

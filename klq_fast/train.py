@@ -47,10 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (InputError, FloatingPointError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(
-            f"{str(error).splitlines()[0]} --dry-run says what takes how much, and these take less: --adam-8bit, "
-            "--activation-checkpointing, --offload, --lora-rank, more GPUs, shorter prompts and responses"
-        )
+        fail(distributed.out_of_memory(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
@@ -86,7 +83,6 @@ def train(config: Config) -> None:
         distributed.refresh(parts.policy, parts.masters)
         journal.start(done)
         limits = Limits(config.microbatch_tokens, reporter.say)
-        speed = throughput(parts.policy, config, distributed.world().size)
         checkpoint = partial(save_checkpoint, run / "checkpoints", policy=parts.masters, optimizer=parts.optimizer)
         good = True  # the weights
 
@@ -105,7 +101,7 @@ def train(config: Config) -> None:
                 if not good:  # the last step was not made: were the weights what is wrong?
                     good = finite(rollout, parts.policy, config)
                 (memory_bytes,) = distributed.all_max(peak_memory_bytes(device))
-                journal.batch(record | speed(rollout, record) | {"peak_memory_bytes": memory_bytes})
+                journal.batch(record | parts.speed(rollout, record) | {"peak_memory_bytes": memory_bytes})
 
                 evaluate_if_due()
                 (signal_number,) = distributed.all_max(stop.requested)
@@ -148,6 +144,7 @@ class Parts:
     algorithm: Algorithm
     optimizer: torch.optim.Optimizer
     exact: Callable[[], Record]  # what is known of the policy without sampling
+    speed: Callable[[Rollout, Record], Record]
 
 
 def load(config: Config, device: torch.device) -> Parts:
@@ -187,7 +184,8 @@ def load(config: Config, device: torch.device) -> Parts:
     optimizer = options.adam(masters, config)
     with fetched():
         exact = exact_evaluation(config, generator, reference, prompts.heldout)
-    return Parts(prompts, tokenizer, policy, masters, reference, fetched, generator, algorithm, optimizer, exact)
+    speed = throughput(policy, config, distributed.world().size)
+    return Parts(prompts, tokenizer, policy, masters, reference, fetched, generator, algorithm, optimizer, exact, speed)
 
 
 def with_shift(config: Config, parts: Parts) -> tuple[Config, Parts, tuple[Record, list[Record]] | None]:
@@ -241,7 +239,7 @@ def one_batch(config: Config, parts: Parts, done: int, limits: Limits, clock: Cl
         parts.masters.start_values(rollout.rewards)
         distributed.refresh(parts.policy, parts.masters)
     with parts.fetched():
-        rollout = measure(rollout, parts.policy, parts.reference, config.microbatch_tokens)
+        rollout = measure(rollout, parts.policy, parts.reference, limits.max_tokens)
     rollout = parts.algorithm.targets(rollout)
     clock.lap("logprobs")
     losses = update(parts.policy, parts.masters, parts.optimizer, parts.algorithm, rollout, config, done, limits)
@@ -311,7 +309,8 @@ def check_names(config: Config) -> None:
     if config.preset not in EMBEDDED:
         for name in ("policy", "dataset"):
             if getattr(config, name) is None:
-                raise InputError(f"--{name}: got none, and the preset {config.preset} does not name one")
+                none = f"; nor is there a run in {config.output_dir} to go on with" if config.resume else ""
+                raise InputError(f"--{name}: got none, and the preset {config.preset} does not name one{none}")
         if not config.reward and not config.reward_model:
             raise InputError("--reward-model: got none, and no --reward, a Python function: expected one of them")
     if config.reward:

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, MambaConfig, MambaForCausalLM
 from watch import watch
 
 from klq_fast import flops, options
@@ -19,7 +19,7 @@ from klq_fast.config import Config
 from klq_fast.data import Prompt
 from klq_fast.flops import needed_flops, peak_flops, throughput
 from klq_fast.klq import KLQ
-from klq_fast.models import load_policy, load_tokenizer
+from klq_fast.models import Policy, load_policy, load_tokenizer
 from klq_fast.rollout import TRAIN_STREAM, Generator
 
 CPU = torch.device("cpu")
@@ -91,8 +91,8 @@ def test_rollout_needs_a_pass_over_all_tokens(folder: Path) -> None:
     with torch.no_grad():
         forward = watch(lambda: policy(batch)).flops  # with the value head, as above
     assert products == pytest.approx(forward, rel=0.01)
-    needed = needed_flops(policy, None, epochs=1)(*lengths)
-    assert needed["rollout"] == needed["logprobs"] / 2
+    passed = counted(lambda: policy(batch))
+    assert needed_flops(policy, None, epochs=1)(*lengths)["rollout"] == pytest.approx(passed, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("neox_reward", 0.01), ("distilbert_reward", 0.1)])
@@ -115,6 +115,24 @@ def test_rows_of_any_length_add_up(folder: Path) -> None:
     needed = needed_flops(load_policy(str(folder / "neox"), 1.0, CPU), None, epochs=2)
     together, parts = needed([5, 9, 1], [3, 1, 6]), [needed([p], [r]) for p, r in ((5, 3), (9, 1), (1, 6))]
     assert together == {phase: sum(part[phase] for part in parts) for phase in together}
+
+
+def test_layers_without_attention_heads_make_no_products_of_pairs() -> None:
+    """Mamba's take as much of a token whatever its row's length; of a hybrid's layers those that attend count."""
+    tiny_mamba = MambaConfig(vocab_size=272, hidden_size=32, num_hidden_layers=2, state_size=8)
+    policy = Policy(MambaForCausalLM(tiny_mamba).eval(), 1.0)
+    batch = rollout()
+    needed = needed_flops(policy, None, epochs=1)
+    two, one = needed([10, 20], [5, 5]), needed([31], [10])  # 14 + 24 tokens pass, and 40
+    of_head = 2 * 10 * policy.model.get_output_embeddings().weight.numel()
+    assert (two["rollout"] - of_head) / 38 == (one["rollout"] - of_head) / 40
+    assert needed([PROMPT] * ROWS, [RESPONSE] * ROWS)["rollout"] == pytest.approx(
+        counted(lambda: policy(batch)), rel=0.1
+    )
+    hybrid: dict[str, Any] = {"num_attention_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
+    for attending in (1, 2):
+        hybrid["layer_types"] = ["full_attention"] * attending + ["linear_attention"] * (3 - attending)
+        assert flops._attention(LlamaConfig(**hybrid)) == 4 * 32 * attending
 
 
 @pytest.mark.parametrize(

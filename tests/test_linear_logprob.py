@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor
+from torch import Tensor, nn
 from watch import watch
 
-from klq_fast import linear_log_ratio, linear_logprobs, logprobs
+from klq_fast import linear_klq_loss, linear_log_ratio, linear_logprobs, logprobs
 from klq_fast.kernels.linear_logprob import op, reference
 
 IMPLS = ("torch", "triton", "reference")
@@ -495,3 +495,26 @@ def test_no_host_sync_and_graph_capture(dtype) -> None:
         for mine, theirs in zip(captured, results, strict=True):
             tolerance = 1e-4 if mine.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
             assert (mine.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max().double()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("through", ["linear_logprobs", "linear_klq_loss"])
+def test_a_parameter_in_16_bits_may_take_its_gradient_in_float32(through: str, impl: str) -> None:
+    """As mixed precision wants, where microbatches' gradients are summed: the float32 sums are not rounded before."""
+    head, others = make_head(20, 16, 300, torch.bfloat16), torch.randn(3, 20)
+
+    def loss(hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
+        if through == "linear_logprobs":
+            return (linear_logprobs(hidden, weight, tokens, bias=bias, impl=impl) * others[0]).sum()
+        return linear_klq_loss(hidden, weight, tokens, *others, bias=bias, tau=0.5, impl=impl).loss
+
+    found = {name: nn.Parameter(head[name]) for name in ("weight", "bias")}
+    for parameter in found.values():
+        parameter.grad_dtype = torch.float32
+    loss(**(head | found)).backward()
+    expected = {name: nn.Parameter(head[name]) for name in found}
+    loss(**(head | expected)).backward()
+    for name, parameter in found.items():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert not torch.equal(parameter.grad, parameter.grad.bfloat16().float())
+        assert torch.equal(parameter.grad.bfloat16(), expected[name].grad)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig
 from watch import watch
 
 from klq_fast import memory, options, plots
@@ -258,7 +258,17 @@ def test_what_is_counted_by_parameters(folder: Path) -> None:
         assert gpu.parameters == 4 * size // 4 + 2 * size
         assert (gpu.gradients, gpu.optimizer, gpu.reference) == (4 * size, 2 * size, 2 * size)
         assert gpu.reward_model == cpu.reward_model // 2
-        assert memory.predict(replace(config, lora_rank=2), [10] * 4, device="GPU").reference == 0
+        adapted = options.prepared(load_policy(str(folder / name), 1.0, CPU), replace(config, lora_rank=2))
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        both = sum(p.numel() for p in adapted.parameters())
+        # Frozen master weights are whole in each of several processes, and on the CPU beside a GPU.
+        for device, count, masters, computing in (
+            ("CPU", 1, 4 * both, 0),
+            ("CPU", 2, 4 * (both - trained) + 4 * trained // 2, 4 * both),
+            ("GPU", 4, 4 * trained // 4, 2 * both),
+        ):
+            lora = memory.predict(replace(config, lora_rank=2), [10] * 4, device=device, world_size=count)
+            assert (lora.parameters, lora.reference) == (masters + computing, 0)
         assert memory.predict(replace(config, adam_8bit=True), [10] * 4, device="CPU").optimizer == int(
             2 * size * (1 + 4 / 256)
         )
@@ -298,6 +308,25 @@ def test_a_dry_run_predicts_for_the_prompts_that_there_are(
 def test_no_config_is_one_line(folder: Path, tmp_path: Path) -> None:
     (line,) = memory.table(settings(policy=str(tmp_path / "nowhere")))
     assert line.startswith("memory: not predicted: --policy: no config.json could be read from")
+
+
+def test_a_model_that_the_meta_device_cannot_pass_is_one_line(tmp_path: Path) -> None:
+    """It has no grouped product in float32, which mixtures of experts take on a CPU."""
+    MixtralConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    ).save_pretrained(tmp_path)
+    config = settings(policy=str(tmp_path), batch_size=2)
+    with pytest.raises(NotImplementedError) as raised:
+        memory.predict(config, [4, 4], device="CPU")
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    (line,) = memory.table(config, [4, 4])
+    assert line == f"memory: not predicted: {raised.value}" and "BF16" in line
 
 
 # The options.

@@ -432,9 +432,9 @@ def test_a_run_without_the_hub_says_so_in_one_line(
     name = getattr(PRESETS["tldr"](), missing.replace("-", "_"))
     kind = "--repo-type dataset " if missing == "dataset" else ""
     assert status == 2 and error == (
-        f"error: --{missing} {name}: it is not in this machine's cache, and the hub (http://127.0.0.1:9) does not "
-        f"answer; where it does, `hf download {kind}{name} --local-dir FOLDER` makes a folder to give here: "
-        f"--{missing} FOLDER\n"
+        f"error: --{missing} {name}: there is no such folder, it is not in this machine's cache, and the hub "
+        f"(http://127.0.0.1:9) does not answer; where it does, `hf download {kind}{name} --local-dir FOLDER` "
+        f"makes a folder to give here: --{missing} FOLDER\n"
     )
     assert not (tmp_path / "run").exists()
 

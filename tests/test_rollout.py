@@ -1,12 +1,13 @@
 """Rollouts: samples from exactly softmax(logits / temperature), whatever the batch; lengths, log-probs and values."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from watch import watch
 
+import klq_fast.decode
 import klq_fast.rollout
 from benchmarks import rollout as rollout_benchmark
 from benchmarks import rollout_worker, train_step
 from klq_fast.batch import Rollout
 from klq_fast.data import Prompt
-from klq_fast.decode import Decoder, next_logits, sample
+from klq_fast.decode import Decoder, _capturable, next_logits, sample
 from klq_fast.models import Policy, load_policy, load_reference
 from klq_fast.rollout import EVAL_STREAM, TRAIN_STREAM, Generator, uniforms, with_logprobs
 
@@ -400,29 +403,121 @@ def test_nothing_is_kept_of_a_batch(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert [cache() for cache in caches] == [None]
 
 
+class Captures:
+    """Stands in for torch.cuda's graphs: a capture executes nothing, a replay reads and writes what it knew then.
+
+    That is memory by its address and shape, and numbers of the host, such as a count of columns, by their values.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[int] = []  # the rows at each capture, and at each replay
+        self.replayed: list[int] = []
+        captures, begin = self, Decoder.begin
+
+        class Graph:
+            def replay(self) -> None:
+                decoder = captures.decoder
+                assert captures.at(self.static) == captures.at(captures.tensors()) == self.at, "what is captured moved"
+                captures.replayed.append(len(decoder.tokens))
+                used, decoder.used = decoder.used, self.used
+                decoder.logits.copy_(decoder._step())
+                decoder.used = used
+
+            @contextlib.contextmanager
+            def capture(self) -> Iterator[None]:
+                decoder = captures.decoder
+                state = captures.tensors()[:-1]  # without the logits, which come to be in the capture
+                before = [tensor.clone() for tensor in state]
+                yield
+                for tensor, old in zip(state, before, strict=True):
+                    tensor.copy_(old)
+                decoder.logits.fill_(torch.nan)
+                captures.captured.append(len(decoder.tokens))
+                self.used = decoder.used
+                self.static = captures.tensors()  # held, so that no other tensor gets their addresses
+                assert captures.at(state) == captures.at(self.static[:-1]), "moved while it was captured"
+                self.at = captures.at(self.static)
+
+        def remember(decoder: Decoder, *args: Any) -> Tensor:
+            self.decoder = decoder
+            return begin(decoder, *args)
+
+        monkeypatch.setattr(Decoder, "begin", remember)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+        monkeypatch.setattr(klq_fast.decode, "_capturable", lambda policy, device: policy.packed)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and writes, the logits last."""
+        decoder = self.decoder
+        assert decoder.cache is not None
+        layers: list[Any] = decoder.cache.layers
+        cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+        return [decoder.tokens, decoder.positions, decoder.seen, *cached, decoder.logits]
+
+    @staticmethod
+    def at(tensors: list[Tensor]) -> list[Any]:
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_captured_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """As on CUDA, with a double for its graphs: a capture for each number of rows, replayed from then on."""
+    generator = exact(folder / family)
+    end: Any = generator.tokenizer.eos_token_id
+    prompts = prompts_of(generator, [*TEXTS, "bc", "the end"])
+    counts = [2, 10, 3, 5, 6, 20, 2, 3]  # tokens before the one that ends a response
+    wanted = [[30 + row, *range(20, 19 + count), end][:LENGTH] for row, count in enumerate(counts)]
+    force(monkeypatch, generator, prompts, wanted)
+    assert responses_of(generator.respond(prompts, range(8), TRAIN_STREAM)) == wanted
+    captures = Captures(monkeypatch)
+    assert responses_of(generator.respond(prompts, range(8), TRAIN_STREAM)) == wanted
+    # 8 rows; after 3 tokens 6 are left, after 4 tokens 4, after 7 tokens 2. The first step of each runs uncaptured.
+    assert captures.captured == [8, 6, 4, 2]
+    assert captures.replayed == [8, 4, 4, *[2] * 4]
+
+
+NARROW = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 @pytest.mark.parametrize(
-    ("rope", "capturable"),
+    ("kind", "changes", "capturable"),
     [
-        ({"rope_type": "default"}, True),
-        ({"rope_type": "linear", "factor": 2.0}, True),
-        ({"rope_type": "dynamic", "factor": 2.0}, False),
-        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}, False),
+        ("llama", {"rope_type": "default"}, True),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, True),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, False),
+        ("llama", {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}, False),
+        ("granitemoe", {"num_local_experts": 4}, False),
+        ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 32}, False),
+        ("deepseek_v3", {"n_routed_experts": 8}, False),
+        (
+            "dbrx",
+            {
+                "d_model": 32,
+                "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8},
+                "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+            },
+            False,
+        ),
     ],
 )
-def test_steps_that_wait_for_the_device_are_not_captured(rope: dict[str, Any], capturable: bool) -> None:
-    """Frequencies that follow the longest text are chosen on the host, in the middle of a step."""
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        original_max_position_embeddings=64,  # type: ignore[call-arg]
-        rope_parameters=rope | {"rope_theta": 10_000.0},
-    )
-    policy = Policy(LlamaForCausalLM(config).eval(), 1.0)
-    assert policy.packed and Decoder(policy).capturable == capturable
+def test_steps_that_wait_for_the_device_are_not_captured(kind: str, changes: dict[str, Any], capturable: bool) -> None:
+    """For the longest text, which decides the frequencies of positions; for the number of tokens of each expert."""
+    if kind == "llama":
+        changes = {"rope_parameters": changes | {"rope_theta": 10_000.0}, "original_max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(NARROW | changes)))
+    policy = Policy(model.eval(), 1.0)
+    assert policy.packed and _capturable(policy, torch.device("cuda")) == capturable
+    assert not _capturable(policy, CPU)
 
 
 def test_logits_of_a_16_bit_head_are_not_rounded(folder: Path) -> None:

@@ -25,6 +25,11 @@ from klq_fast.models import Policy, load_policy
 from klq_fast.train import finite, main
 
 REWARDS = '''
+def letters(prompts, responses):
+    """Learnable from the first batch on, where one token in twenty is one: how many letters are of a to m."""
+    return [float(sum("a" <= letter <= "m" for letter in response)) for response in responses]
+
+
 def letter_a(prompts, responses):
     """Learnable: the share of the response that is the letter a."""
     return [10 * response.count("a") / (len(response) + 1) for response in responses]
@@ -145,11 +150,14 @@ def test_it_learns(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(models, "compute_dtype", lambda device: dtype)  # bf16 as on a GPU
-    # By this seed early batches have an a: without one there is nothing to learn, but that ending early is safe.
-    main(arguments(folder, tmp_path / "run", "--episodes", "480", "--algorithm", algorithm, "--seed", "3"))
+    main(
+        arguments(
+            folder, tmp_path / "run", "--episodes=480", f"--algorithm={algorithm}", "--reward", "tiny_rewards:letters"
+        )
+    )
     evaluations = tiny.read_jsonl(tmp_path / "run" / "eval.jsonl")
-    # A random policy writes about 1 a in 270 tokens; five of ten tokens leave no doubt.
-    assert evaluations[0]["score"] < 1 and evaluations[-1]["score"] > 5
+    # A random policy writes about one of them in 20 tokens; five of ten tokens leave no doubt.
+    assert evaluations[0]["score"] < 1.5 and evaluations[-1]["score"] > 5
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ..checks import (
     check_tensor,
     check_tokens,
     compute_dtype,
+    gradient_dtype,
     refuse_double_backward,
     resolve_impl,
 )
@@ -560,7 +561,7 @@ def _linear_klq_loss_backward(ctx, grad: Tensor | None, *_):
         gradients = _linear_klq_loss(*ctx.saved_tensors, *ctx.numbers)[3:]
     results = []
     for gradient, source, needed in zip(gradients, ctx.saved_tensors, ctx.needs_input_grad, strict=False):
-        results.append(_scaled_(gradient, grad, source.dtype) if needed else None)
+        results.append(_scaled_(gradient, grad, gradient_dtype(source)) if needed else None)
     return *results, *(None,) * 14
 
 

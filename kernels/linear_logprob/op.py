@@ -15,6 +15,7 @@ from ..checks import (
     check_tensor,
     check_tokens,
     compute_dtype,
+    gradient_dtype,
     refuse_double_backward,
     resolve_impl,
 )
@@ -328,7 +329,7 @@ def _linear_logprobs_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, hidden_gradient, weight_gradient, bias_gradient = head_pass(
+    return head_pass(
         hidden,
         weight,
         bias,
@@ -340,18 +341,16 @@ def _linear_logprobs_backward(
         hidden_grad=hidden_grad,
         weight_grad=weight_grad,
         bias_grad=bias_grad,
-    )
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), bias_gradient.to(bias_dtype)
+    )[1:]
 
 
 @_linear_logprobs_backward.register_fake
 def _(grad, hidden, weight, bias, tokens, temperature, softcap, impl, hidden_grad, weight_grad, bias_grad):
-    bias_dtype = weight.dtype if bias is None else bias.dtype
+    like = torch.empty(0, dtype=compute_dtype(hidden, weight), device=hidden.device)
     return (
-        hidden.new_empty(hidden.shape if hidden_grad else (0,)),
-        weight.new_empty(weight.shape if weight_grad else (0,)),
-        weight.new_empty(weight.shape[0] if bias_grad else 0, dtype=bias_dtype),
+        like.new_empty(hidden.shape if hidden_grad else (0,)),
+        like.new_empty(weight.shape if weight_grad else (0,)),
+        like.new_empty(weight.shape[0] if bias_grad else 0),
     )
 
 
@@ -364,7 +363,11 @@ def _backward(ctx, grad: Tensor):
     refuse_double_backward("linear_logprobs")
     needed = ctx.needs_input_grad[:3]
     gradients = _linear_logprobs_backward(grad, *ctx.saved_tensors, *ctx.options, *needed)
-    return *(each if need else None for each, need in zip(gradients, needed, strict=True)), *(None,) * 4
+    results = (
+        each.to(gradient_dtype(source)) if need else None
+        for each, source, need in zip(gradients, ctx.saved_tensors, needed, strict=False)
+    )
+    return *results, *(None,) * 4
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
