@@ -135,7 +135,7 @@ def compare_runs(config: JudgeConfig) -> Record:
     config.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with locked(config.output):
         read_verdicts(config.output, settings)  # a file of other runs is refused before any work
-        say(f"both runs answer {config.prompts} held-out prompts")
+        say("both runs answer their held-out prompts")
         comparisons = heldout_comparisons(config, *runs)
         verdicts = read_verdicts(config.output, settings, comparisons)
         missing = [comparison for comparison in comparisons if comparison.key not in verdicts]

@@ -152,7 +152,7 @@ def prepare(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(policy_folder)
         policy = GPTNeoXForCausalLM.from_pretrained(policy_folder)
         with torch.random.fork_rng(devices=[]), _atomically(reward_folder) as folder:
-            reader = train_policy(pairs, tokenizer, config, config.reader_steps, track, "reader")
+            reader = train_policy(pairs, tokenizer, config, config.reader_steps, track, "reward model")
             reward_model = train_reward_model(pairs, policy, reader, tokenizer, config, track)
             reward_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

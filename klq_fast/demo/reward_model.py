@@ -176,7 +176,7 @@ def train_reward_model(
     model.gpt_neox.load_state_dict(reader.gpt_neox.state_dict())
     steps, optims = config.reward_steps, optimizers(model, config.reward_learning_rate, weight_decay=0.0)
     rows: list[int] = []
-    for index in track(range(steps), "the reward model learns preferences, from the reader", steps):
+    for index in track(range(steps), "the reward model learns preferences", steps):
         if len(rows) < config.reward_rows:
             rows += generator.sample(range(len(train)), len(train))
         batch, rows = rows[: config.reward_rows], rows[config.reward_rows :]
