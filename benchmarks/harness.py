@@ -93,7 +93,7 @@ class Row:
     peak_bytes: int = 0  # the most that was allocated at one time beyond the inputs; the results count
     estimate: float = 0.0  # seconds of the second call
     seconds: list[float] = field(default_factory=list)
-    again: list[float] = field(default_factory=list)  # on a CPU, called in a row: data in the caches, memory at hand
+    in_a_row: list[float] = field(default_factory=list)  # on a CPU, fast ones: data in the caches, memory at hand
     device_seconds: float | None = None
 
 
@@ -131,8 +131,7 @@ def one_round(case: Case, rows: dict[str, Row], device: str, names: Iterable[str
             try:
                 rows[name].seconds.append(timed(case.contenders[name], device, crowded=is_crowded(rows, device)))
                 if device == "cpu" and rows[name].seconds[-1] < 0.1:
-                    # The fourth in a row: the second still takes some 1.2 times as long as later ones.
-                    rows[name].again.append([timed(case.contenders[name], device) for _ in range(3)][-1])
+                    rows[name].in_a_row.append(timed_in_a_row(case.contenders[name]))
             except torch.OutOfMemoryError:
                 rows[name] = Row(status="out of memory")
                 free_memory(device)
@@ -167,6 +166,14 @@ def timed(run: Callable[[], object], device: str, crowded: bool = False) -> floa
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def timed_in_a_row(run: Callable[[], object], seconds: float = 0.05) -> float:
+    """Seconds of one call among its like on a CPU: the median of as many as fit, at least 3, without the first half."""
+    calls: list[float] = []
+    while len(calls) < 3 or sum(calls) < seconds:
+        calls.append(timed(run, "cpu"))
+    return statistics.median(calls[len(calls) // 2 :])
 
 
 def is_crowded(rows: dict[str, Row], device: str) -> bool:
@@ -273,9 +280,9 @@ def summary(case: Case, rows: dict[str, Row]) -> dict[str, Any]:
                 "over_floor": ratio(row.seconds, rows[FLOOR].seconds),
                 "over_ours": ratio(row.seconds, rows[OURS].seconds),
             }
-        if row.again and rows[OURS].again:
-            over_ours = statistics.median(row.again) / statistics.median(rows[OURS].again)
-            entry |= {"seconds_again": spread(row.again), "over_ours_again": over_ours}
+        if row.in_a_row and rows[OURS].in_a_row:
+            over_ours = statistics.median(row.in_a_row) / statistics.median(rows[OURS].in_a_row)
+            entry |= {"seconds_in_a_row": spread(row.in_a_row), "over_ours_in_a_row": over_ours}
         if row.device_seconds is not None:
             entry["device_seconds"] = row.device_seconds
         contenders[name] = entry

@@ -1,17 +1,18 @@
 """lambda_returns and gae against Algorithms 1 and 2 (arXiv 2508.17000) written in Python floats, and their laws."""
 
+import sys
 from collections.abc import Iterator
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_fast import LambdaReturns, gae, lambda_returns
-from klq_fast.kernels.lambda_returns import blocked, op
+from klq_fast.kernels.lambda_returns import cpu, op
 from klq_fast.kernels.lambda_returns.op import lambda_returns_with_metrics
 
 Batch = dict[str, Any]  # arguments by name
@@ -110,13 +111,13 @@ def truth(
 def assert_close(got: LambdaReturns, expected: LambdaReturns, scale: Tensor, eps: float) -> None:
     """Every number within 16 roundings of the sizes that went into it.
 
-    A number passes 5 elementwise operations, 15 additions in each of up to 4 levels of blocks, and 3 roundings of
-    powers and products a level; their errors are of both signs, and the worst seen was 5.2 of 16.
+    A number passes 5 elementwise operations, 3 steps of a product and a sum among eight tokens, and one more for what
+    follows them, itself as good as exact; their errors are of both signs, and the worst seen was 3.1 of 10.
     """
     for name, x, y in zip(LambdaReturns._fields, got, expected, strict=True):
         assert x.shape == y.shape
         error = (x.double() - y).abs()
-        assert (error <= 16 * eps * (scale + 1e-30)).all(), (
+        assert (error <= 10 * eps * (scale + 1e-30)).all(), (
             f"{name}: off by {(error / (eps * scale)).max():.3g} roundings"
         )
 
@@ -182,7 +183,7 @@ def test_gae_is_algorithm_1(masks: str, per_token: bool, impl: Any) -> None:
 def test_lengths_around_the_blocks(impl: Any) -> None:
     """Padded to 270 tokens a row is one block of the kernel, packed blocks of 128, 96, 96: the bits are the same."""
     if impl == "torch":
-        lengths = torch.tensor([0, 1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025])
+        lengths = torch.tensor([0, 1, 2, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025])
     else:
         lengths = torch.tensor([0, 1, 127, 128, 129, 224, 225])
     width = max(270, int(lengths.max()))
@@ -470,18 +471,6 @@ def test_a_row_is_the_same_in_any_batch(impl: Any) -> None:
         assert_equal(lambda_returns(**wider, tau=TAU, impl=impl), tuple(torch.cat([x, 0 * x[:, :9]], 1) for x in got))
 
 
-def test_threads_do_not_change_the_result() -> None:
-    batches = [to(make_batch(B, T), torch.float32) for B, T in ((1, 16), (3, 16), (17, 64), (600, 128))]
-    one = [lambda_returns(**batch, tau=TAU) for batch in batches]
-    torch.set_num_threads(2)
-    try:
-        two = [lambda_returns(**batch, tau=TAU) for batch in batches]
-    finally:
-        torch.set_num_threads(1)
-    for x, y in zip(one, two, strict=True):
-        assert_equal(x, y)
-
-
 @pytest.mark.parametrize("impl", FAST)
 def test_a_broken_row_stays_alone(impl: Any) -> None:
     """A NaN among one row's valid tokens reaches that row only."""
@@ -589,44 +578,27 @@ def test_any_strides_autocast_and_inference_mode(impl: Any, device: torch.device
     assert_equal(lambda_returns(**slices, **options), expected)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert_equal(lambda_returns(**batch, **options), expected)
-    options["lam"] = 0.8125  # which no other test has put into the cache
     with torch.inference_mode():
-        first = lambda_returns(**batch, **options)
-    assert_equal(lambda_returns(**batch, **options), first)  # with the powers cached in inference mode
+        assert_equal(lambda_returns(**batch, **options), expected)
     row_mask = torch.ones(1, 48, dtype=torch.bool).expand(B, 48)
     full = to(make_batch(B, 48), torch.float32)
     assert_equal(lambda_returns(**full | {"mask": row_mask}, **options), lambda_returns(**full, **options))
 
 
-def test_only_cpu_tensors_are_cached() -> None:
-    """Others could belong to a CUDA graph, in whose capture they were first needed."""
-    for device, kept in (("cpu", True), ("meta", False)):
-        numbers = torch.float32, torch.device(device)
-        assert (blocked._powers(0.5, 4, 0, *numbers)[0] is blocked._powers(0.5, 4, 0, *numbers)[0]) == kept
-        assert (blocked._scalar(0.5, *numbers) is blocked._scalar(0.5, *numbers)) == kept
-
-
-class CountOperations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("masks", MASKS)
-def test_no_loop_over_time(masks: str) -> None:
-    """64 times the tokens are 2 more levels of blocks of blocks, at most 70 operations and views each."""
-    counts = []
-    for T in (64, 4096):
-        batch = make_batch(8, T, masks)
-        with CountOperations() as operations:
-            lambda_returns(**batch, tau=TAU, lam=1.0, impl="torch")
-        counts.append(operations.count)
-    assert counts[1] <= counts[0] + 2 * 70
-    assert counts[1] < 400
+@pytest.mark.cpu
+def test_the_cpu_s_scan_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = cpu._library.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build()
+    (library,) = (tmp_path / "klq_fast").iterdir()
+    made = library.stat().st_mtime_ns
+    build()
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "klq_fast").iterdir()] == [made]
+    for compiler, said in (("no-such-compiler", "No such file"), (f"{sys.executable} -c 1/0", "ZeroDivisionError")):
+        monkeypatch.setenv("CC", compiler)
+        with pytest.raises(RuntimeError, match=rf"(?s)`{compiler}` could not.*{said}.*install a C compiler"):
+            build()
+    assert list((tmp_path / "klq_fast").iterdir()) == [library]
 
 
 @pytest.mark.parametrize("impl", FAST)

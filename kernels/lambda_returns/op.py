@@ -1,6 +1,6 @@
 """λ-returns (KLQ) and GAE (PPO): one reverse scan over the valid tokens of each row or packed sequence.
 
-reference.py is the specification, kernel.py the scan on a GPU, blocked.py the one in PyTorch's own operations.
+reference.py is the specification, kernel.py the scan on a GPU, cpu.c the one on a CPU.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Impl, check_number, check_tensor, compute_dtype, resolve_impl
-from . import blocked, reference
+from . import cpu, reference
 from .statistics import STATISTICS, batch_statistics, metrics_of
 
 
@@ -59,7 +59,8 @@ def lambda_returns(
         bootstrap: value of the state after the last valid token, for rows that were cut off; default 0 (terminal).
         cu_seqlens: offsets of packed sequences: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. They
             start at 0 and end at N. May come with a mask (N,).
-        impl: "reference" is the loop over time, "torch" runs anywhere, "triton" one launch on a GPU, not for float64.
+        impl: "reference" is the loop over time; "torch" runs anywhere, in C on the CPU, to which tensors of other
+            devices are copied; "triton" is one launch on a GPU, not for float64.
 
     Tensors may be float32, float64, bfloat16 or float16, on one device; results are float64 where log_ratio or values
     is, else float32. No gradient flows through. Raises ValueError on any other shape, dtype, device or number.
@@ -239,14 +240,14 @@ def _scan(
     metrics: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """G, Δ, Q, δ in the first values.numel() slots of the rows of one buffer; the statistics, or nothing."""
+    """G, Δ, Q, δ, the rows of one buffer (4, values.numel()); the statistics, or nothing."""
     _check_offsets(cu_seqlens, values)
     tensors = (log_ratio, values, rewards, mask, bootstrap, cu_seqlens)
     if impl == "triton":
         from . import kernel  # Triton is not installed everywhere, and slow to import
 
         return kernel.lambda_returns(*tensors, tau, lam, gamma, alpha, metrics)
-    buffer = blocked.lambda_returns(*tensors, tau, lam, gamma, alpha)
+    buffer = cpu.lambda_returns(*tensors, tau, lam, gamma, alpha)
     if not metrics or log_ratio is None:
         return buffer, buffer.new_empty(0, STATISTICS, dtype=torch.float64)
     _, advantages, action_values, td_errors = _rows(buffer, values)
@@ -258,15 +259,13 @@ _scan_op = torch.library.custom_op("klq_fast::lambda_returns", _scan, mutates_ar
 
 @_scan_op.register_fake
 def _(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, tau, lam, gamma, alpha, metrics, impl):
-    N, rows = values.numel(), 4
+    rows, sequences = 4, 1
     if impl == "triton":
-        slots, sequences = N, values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         rows = 2 if log_ratio is None else 4
-    else:
-        slots, sequences = blocked.BLOCK * blocked.block_count(N // blocked.BLOCK), 1
+        sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     statistics = values.new_empty(sequences if metrics else 0, STATISTICS, dtype=torch.float64)
-    return values.new_empty(rows, slots, dtype=compute_dtype(log_ratio, values)), statistics
+    return values.new_empty(rows, values.numel(), dtype=compute_dtype(log_ratio, values)), statistics
 
 
 def _rows(buffer: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    return buffer[:, : values.numel()].view(len(buffer), *values.shape).unbind()
+    return buffer.view(len(buffer), *values.shape).unbind()

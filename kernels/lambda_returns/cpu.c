@@ -1,0 +1,184 @@
+/* λ-returns and GAE on a CPU: each row or packed sequence is walked once, from its end to its start, by one thread.
+
+   Eight tokens go at a time, in a vector. Among them the recurrence Δ_t = δ_t + f Δ_{t+1}, f = λγ, is solved in three
+   steps, each adding f, f², f⁴ times the vector shifted by 1, 2, 4; then f⁸ … f times Δ of the token after them, which
+   is carried in double precision, so that no rounding is carried along. A sequence's first n % 8 tokens go one by one,
+   in double precision. Groups are counted from the end of the sequence: its bits depend on nothing else, and packed
+   equals padded.
+
+   512 × 1024 float32: 14.7 MB. Copying as many takes one core 0.19 ms within its caches, this 0.3 ms.
+
+   This file is read three times: by the compiler, then by itself, once for each type of number. */
+
+#ifndef REAL
+
+#include <stdint.h>
+#include <string.h>
+
+/* GCC compiles it twice on x86-64: for processors with 256-bit vectors, with fused multiply-adds from the version on
+   that has a name for both (0.3 ms; without 0.36), and for all others (0.8). Clang before 18 would rename the function;
+   it makes 0.5 ms of it. */
+#if !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__)
+#define FOR_EACH_PROCESSOR
+#elif __GNUC__ >= 12
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#endif
+
+/* Of sixteen numbers, x and the eight after it, the eight that begin with the given one. */
+#ifdef __clang__
+#define SHIFT(x, after, ...) __builtin_shufflevector(x, after, __VA_ARGS__)
+#else
+#define SHIFT(x, after, ...) __builtin_shuffle(x, after, (INDICES){__VA_ARGS__})
+#endif
+#define SHIFT_1(x, after) SHIFT(x, after, 1, 2, 3, 4, 5, 6, 7, 8)
+#define SHIFT_2(x, after) SHIFT(x, after, 2, 3, 4, 5, 6, 7, 8, 9)
+#define SHIFT_4(x, after) SHIFT(x, after, 4, 5, 6, 7, 8, 9, 10, 11)
+
+#define REAL float
+#define INTEGER int32_t
+#define NAME(function) function##_float32
+#include "cpu.c"
+#undef REAL
+#undef INTEGER
+#undef NAME
+
+#define REAL double
+#define INTEGER int64_t
+#define NAME(function) function##_float64
+#include "cpu.c"
+
+#else
+
+#define VECTOR NAME(vector)
+#define INDICES NAME(indices)
+typedef REAL VECTOR __attribute__((vector_size(8 * sizeof(REAL))));
+typedef INTEGER INDICES __attribute__((vector_size(8 * sizeof(REAL))));
+
+/* One sequence of n valid tokens. The results may lie where the arguments do: each vector is read before it is
+   written. */
+static inline __attribute__((always_inline)) void NAME(scan)(
+    int64_t n,
+    const REAL *log_ratio, /* NULL: GAE, where Q = V */
+    const REAL *values,
+    const REAL *rewards, /* NULL: `score` is paid on the last token */
+    REAL score, REAL end_value, double tau, double factor, double gamma, double alpha,
+    REAL *returns, REAL *advantages, REAL *action_values, REAL *td_errors)
+{
+    const VECTOR zero = {0};
+    const REAL f1 = factor, f2 = factor * factor, f4 = factor * factor * factor * factor;
+    VECTOR carried, paid = zero, after = zero; /* f⁸ … f, the score, and the values after the present ones */
+    double power = 1.0, carry = 0.0;           /* Δ of the token after */
+    for (int i = 7; i >= 0; i--)
+        carried[i] = power *= factor;
+    paid[7] = rewards ? 0 : score;
+    after[0] = end_value;
+
+    int64_t t = n;
+    while (t >= 8) {
+        t -= 8;
+        VECTOR V, r = paid, penalty = zero;
+        memcpy(&V, values + t, sizeof V);
+        if (rewards)
+            memcpy(&r, rewards + t, sizeof r);
+        if (log_ratio) {
+            memcpy(&penalty, log_ratio + t, sizeof penalty);
+            penalty *= (REAL)tau;
+        }
+        /* In this order: beside values near 10 and τℓ near 0.001, r + γV' − Q would lose the last 13 bits of τℓ. */
+        VECTOR delta = (REAL)gamma * SHIFT_1(V, after) - V - penalty + r;
+        VECTOR x = delta;
+        x += f1 * SHIFT_1(x, zero);
+        x += f2 * SHIFT_2(x, zero);
+        x += f4 * SHIFT_4(x, zero);
+        double first = x[0] + power * carry;
+        x += carried * (REAL)carry;
+        VECTOR Q = penalty + V, G = (REAL)alpha * x + Q; /* Eqs. 13 and 7 */
+        memcpy(returns + t, &G, sizeof G);
+        memcpy(advantages + t, &x, sizeof x);
+        memcpy(action_values + t, &Q, sizeof Q);
+        memcpy(td_errors + t, &delta, sizeof delta);
+        carry = first;
+        after = V;
+        paid = zero;
+    }
+    double next = after[0], pay = paid[7];
+    while (t > 0) {
+        t--;
+        double penalty = log_ratio ? tau * log_ratio[t] : 0.0, V = values[t], Q = penalty + V;
+        double delta = gamma * next - V - penalty + (rewards ? rewards[t] : pay);
+        carry = delta + factor * carry;
+        returns[t] = alpha * carry + Q;
+        advantages[t] = carry;
+        action_values[t] = Q;
+        td_errors[t] = delta;
+        next = V;
+        pay = 0.0;
+    }
+}
+
+/* All sequences, N slots together. What lies where the mask is 0 does not count, and becomes 0. */
+FOR_EACH_PROCESSOR void NAME(lambda_returns)(
+    const REAL *log_ratio,  /* (N), or NULL: GAE */
+    const REAL *values,     /* (N) */
+    const REAL *rewards,    /* (N) if per_token, else (sequences) */
+    const REAL *bootstrap,  /* (sequences), or NULL: zeros */
+    const uint8_t *mask,    /* (N), or NULL: ones */
+    const int32_t *offsets, /* (sequences + 1), or NULL: rows of `width` */
+    int64_t sequences, int64_t width, int per_token, double tau, double factor, double gamma, double alpha,
+    REAL *returns, REAL *advantages, REAL *action_values, REAL *td_errors) /* (N) each */
+{
+    for (int64_t s = 0; s < sequences; s++) {
+        const int64_t start = offsets ? offsets[s] : s * width;
+        const int64_t n = offsets ? offsets[s + 1] - start : width;
+        const REAL *l = log_ratio ? log_ratio + start : NULL, *V = values + start;
+        const REAL *r = per_token ? rewards + start : NULL;
+        const REAL score = per_token ? 0 : rewards[s], end_value = bootstrap ? bootstrap[s] : 0;
+        REAL *G = returns + start, *D = advantages + start, *Q = action_values + start, *d = td_errors + start;
+
+        /* Valid up to some slot, and none after it? Else the valid tokens are first squeezed together, to where the
+           results will be, and these spread afterwards; without branches, which chance would decide. */
+        const uint8_t *valid = mask ? mask + start : NULL;
+        const uint8_t *end = valid && n ? memchr(valid, 0, n) : NULL;
+        int64_t length = end ? end - valid : n;
+        const int holes = end && memchr(end, 1, n - length);
+        if (holes) {
+            length = 0;
+            for (int64_t t = 0; t < n; length += valid[t++]) {
+                Q[length] = l ? l[t] : 0;
+                G[length] = r ? r[t] : 0;
+                d[length] = V[t];
+            }
+            V = d;
+            l = l ? Q : NULL;
+            r = r ? G : NULL;
+        }
+        NAME(scan)(length, l, V, r, score, end_value, tau, factor, gamma, alpha, G, D, Q, d);
+        if (holes) {
+            for (int64_t t = n - 1; t >= 0; t--) {
+                length -= valid[t];
+                G[t] = G[length];
+                D[t] = D[length];
+                Q[t] = Q[length];
+                d[t] = d[length];
+            }
+            for (int64_t t = 0; t < n; t++) {
+                G[t] = valid[t] ? G[t] : 0;
+                D[t] = valid[t] ? D[t] : 0;
+                Q[t] = valid[t] ? Q[t] : 0;
+                d[t] = valid[t] ? d[t] : 0;
+            }
+        } else {
+            const size_t padding = (n - length) * sizeof(REAL);
+            memset(G + length, 0, padding);
+            memset(D + length, 0, padding);
+            memset(Q + length, 0, padding);
+            memset(d + length, 0, padding);
+        }
+    }
+}
+
+#undef VECTOR
+#undef INDICES
+#endif
