@@ -6,7 +6,8 @@
    in double precision. Groups are counted from the end of the sequence: its bits depend on nothing else, and packed
    equals padded.
 
-   512 × 1024 float32: 14.7 MB. Copying as many takes one core 0.19 ms within its caches, this 0.3 ms.
+   512 × 1024 float32: 14.7 MB. Within the caches copying as many takes one core 0.2 ms, this 0.3; outside 0.75 and 0.62
+   (0.9 if the sequences went upwards).
 
    This file is read three times: by the compiler, then by itself, once for each type of number. */
 
@@ -129,7 +130,7 @@ FOR_EACH_PROCESSOR void NAME(lambda_returns)(
     int64_t sequences, int64_t width, int per_token, double tau, double factor, double gamma, double alpha,
     REAL *returns, REAL *advantages, REAL *action_values, REAL *td_errors) /* (N) each */
 {
-    for (int64_t s = 0; s < sequences; s++) {
+    for (int64_t s = sequences - 1; s >= 0; s--) { /* memory downwards throughout, which processors foresee */
         const int64_t start = offsets ? offsets[s] : s * width;
         const int64_t n = offsets ? offsets[s + 1] - start : width;
         const REAL *l = log_ratio ? log_ratio + start : NULL, *V = values + start;
