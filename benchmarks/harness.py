@@ -93,7 +93,7 @@ class Row:
     peak_bytes: int = 0  # the most that was allocated at one time beyond the inputs; the results count
     estimate: float = 0.0  # seconds of the second call
     seconds: list[float] = field(default_factory=list)
-    in_a_row: list[float] = field(default_factory=list)  # on a CPU, fast ones: data in the caches, memory at hand
+    in_a_row: list[float] = field(default_factory=list)  # on a CPU, of calls under 0.1 s: repeated, one after another
     device_seconds: float | None = None
 
 
@@ -130,11 +130,16 @@ def one_round(case: Case, rows: dict[str, Row], device: str, names: Iterable[str
         if rows[name].status in ("ok", "another result"):
             try:
                 rows[name].seconds.append(timed(case.contenders[name], device, crowded=is_crowded(rows, device)))
-                if device == "cpu" and rows[name].seconds[-1] < 0.1:
-                    rows[name].in_a_row.append(timed_in_a_row(case.contenders[name]))
             except torch.OutOfMemoryError:
                 rows[name] = Row(status="out of memory")
                 free_memory(device)
+
+
+def series(case: Case, rows: dict[str, Row], device: str) -> None:
+    """On a CPU, each contender that takes less than 0.1 s, called for 50 ms in a row: in the caches, memory at hand."""
+    for name, row in rows.items():
+        if device == "cpu" and row.seconds and row.seconds[-1] < 0.1:
+            row.in_a_row.append(timed_in_a_row(case.contenders[name]))
 
 
 def plan_rounds(rows: dict[str, Row], seconds: float) -> int:
@@ -143,10 +148,12 @@ def plan_rounds(rows: dict[str, Row], seconds: float) -> int:
 
 
 def measure(case: Case, device: str, seconds: float) -> dict[str, Row]:
-    """Every contender's errors and memory, and its time in rounds that take about so many seconds."""
+    """Every contender's errors and memory, its time in rounds that take about so many seconds, and in series."""
     rows = first_calls(case, device)
     for _ in range(plan_rounds(rows, seconds)):
         one_round(case, rows, device)
+    for _ in range(5):
+        series(case, rows, device)
     return rows
 
 
@@ -169,7 +176,7 @@ def timed(run: Callable[[], object], device: str, crowded: bool = False) -> floa
 
 
 def timed_in_a_row(run: Callable[[], object], seconds: float = 0.05) -> float:
-    """Seconds of one call among its like on a CPU: the median of as many as fit, at least 3, without the first half."""
+    """Seconds of one call among its like: the median of the later half of the calls that fill `seconds`, at least 3."""
     calls: list[float] = []
     while len(calls) < 3 or sum(calls) < seconds:
         calls.append(timed(run, "cpu"))

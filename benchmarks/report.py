@@ -35,11 +35,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "torchrl")
 COLUMNS = ("", "ms: median (min to max)", "rate", "÷ floor", "÷ klq_fast", "peak MiB", "errors against float64")
 READING = """\
-Each call is timed whole, the contenders in turn, once the results were found right. On a CPU a fast one is then called
-in a row for 50 ms, with its data in the caches: the median of the later half. ÷ floor and ÷ klq_fast are medians of the
-rounds' ratios of times; the rate is the floor's work over the contender's time. Peak memory is what PyTorch allocated
-at one time beyond the inputs, results included. Errors of log-probs and of λ-returns are absolute, in nats and in units
-of reward, the others relative to the largest entry of the float64 truth; all are maxima."""
+Each call is timed whole, the contenders in turn, once the results were found right. On a CPU those under 0.1 s are
+afterwards called in a row for 50 ms (at least 3 calls), where what fits stays in the caches: the median of the later
+half, and of five such rows. ÷ floor and ÷ klq_fast are medians of the rounds' ratios of times, in a row the ratio of
+the medians; the rate is the floor's work over the contender's time. Peak memory is what PyTorch allocated at one time
+beyond the inputs, results included. Errors of log-probs and of λ-returns are absolute, in nats and in units of reward,
+the others relative to the largest entry of the float64 truth; all are maxima."""
 
 Results = dict[str, Any]
 

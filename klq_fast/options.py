@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config, InputError
+from .kernels.lambda_returns import cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,11 @@ def check(config: Config) -> None:
         require("--adam-8bit", "torchao", "adam-8bit")
     if config.offload and not torch.cuda.is_available():
         raise InputError("--offload: got no GPU here, so the models are in CPU memory all the time: leave it out")
+    if not torch.cuda.is_available():
+        try:
+            cpu.library()
+        except RuntimeError as error:
+            raise InputError(str(error)) from None
 
 
 def require(option: str, package: str, extra: str) -> Any:

@@ -69,7 +69,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bare_checkout(checkout: Path, tmp_path: Path) -> None:
-    """Nothing but torch is needed for the operations: the training loop's libraries need not be installed."""
+    """Nothing but torch and a C compiler is needed for the operations, none of the training loop's libraries."""
     for name in "transformers accelerate tyro rich matplotlib yaml datasets".split():
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
     package, kernel = python(USE_EVERYTHING, cwd=tmp_path, path=[tmp_path, checkout])

@@ -2,23 +2,22 @@
 
    Eight tokens go at a time, in a vector. Among them the recurrence Δ_t = δ_t + f Δ_{t+1}, f = λγ, is solved in three
    steps, each adding f, f², f⁴ times the vector shifted by 1, 2, 4; then f⁸ … f times Δ of the token after them, which
-   is carried in double precision, so that no rounding is carried along. A sequence's first n % 8 tokens go one by one,
-   in double precision. Groups are counted from the end of the sequence: its bits depend on nothing else, and packed
-   equals padded.
+   is carried in double precision, so that in float32 the chain from group to group adds next to no rounding of its own.
+   A sequence's first n % 8 tokens go one by one, in double precision. Groups are counted from the end of the sequence:
+   its bits depend on nothing else, and packed equals padded.
 
-   512 × 1024 float32: 14.7 MB. Within the caches copying as many takes one core 0.2 ms, this 0.3; outside 0.75 and 0.62
-   (0.9 if the sequences went upwards).
+   512 × 1024 float32: 14.7 MB. Copying as many bytes takes one core 0.2 ms within the caches and 0.75 outside; this
+   takes 0.3 and 0.62 (0.9 if the sequences went upwards).
 
-   This file is read three times: by the compiler, then by itself, once for each type of number. */
+   The compiler reads this file three times: once as it is, and twice as it includes itself, for float and double. */
 
 #ifndef REAL
 
 #include <stdint.h>
 #include <string.h>
 
-/* GCC compiles it twice on x86-64: for processors with 256-bit vectors, with fused multiply-adds from the version on
-   that has a name for both (0.3 ms; without 0.36), and for all others (0.8). Clang before 18 would rename the function;
-   it makes 0.5 ms of it. */
+/* On x86-64, GCC compiles the scan twice: for processors with AVX2 (0.3 ms; 0.36 before GCC 12, here without fused
+   multiply-adds) and for all others (0.8). Clang, which before 18 would rename the function, compiles it once (0.5). */
 #if !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__)
 #define FOR_EACH_PROCESSOR
 #elif __GNUC__ >= 12
@@ -27,7 +26,7 @@
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
 #endif
 
-/* Of sixteen numbers, x and the eight after it, the eight that begin with the given one. */
+/* Eight consecutive numbers out of x followed by `after`: without the first one, two, four of x. */
 #ifdef __clang__
 #define SHIFT(x, after, ...) __builtin_shufflevector(x, after, __VA_ARGS__)
 #else
@@ -57,7 +56,7 @@
 typedef REAL VECTOR __attribute__((vector_size(8 * sizeof(REAL))));
 typedef INTEGER INDICES __attribute__((vector_size(8 * sizeof(REAL))));
 
-/* One sequence of n valid tokens. The results may lie where the arguments do: each vector is read before it is
+/* One sequence of n valid tokens. A result may lie where an argument does, slot for slot: each is read before it is
    written. */
 static inline __attribute__((always_inline)) void NAME(scan)(
     int64_t n,
@@ -69,8 +68,10 @@ static inline __attribute__((always_inline)) void NAME(scan)(
 {
     const VECTOR zero = {0};
     const REAL f1 = factor, f2 = factor * factor, f4 = factor * factor * factor * factor;
-    VECTOR carried, paid = zero, after = zero; /* f⁸ … f, the score, and the values after the present ones */
-    double power = 1.0, carry = 0.0;           /* Δ of the token after */
+    VECTOR carried;                 /* f⁸ … f */
+    VECTOR paid = zero;             /* the score, in the last group */
+    VECTOR after = zero;            /* V of the eight tokens after */
+    double power = 1.0, carry = 0.0; /* f⁸; Δ of the token after */
     for (int i = 7; i >= 0; i--)
         carried[i] = power *= factor;
     paid[7] = rewards ? 0 : score;
@@ -87,7 +88,7 @@ static inline __attribute__((always_inline)) void NAME(scan)(
             memcpy(&penalty, log_ratio + t, sizeof penalty);
             penalty *= (REAL)tau;
         }
-        /* In this order: beside values near 10 and τℓ near 0.001, r + γV' − Q would lose the last 13 bits of τℓ. */
+        /* In this order, because beside values near 10 and τℓ near 0.001, r + γV' − Q would lose the last 13 bits of τℓ. */
         VECTOR delta = (REAL)gamma * SHIFT_1(V, after) - V - penalty + r;
         VECTOR x = delta;
         x += f1 * SHIFT_1(x, zero);
@@ -130,7 +131,7 @@ FOR_EACH_PROCESSOR void NAME(lambda_returns)(
     int64_t sequences, int64_t width, int per_token, double tau, double factor, double gamma, double alpha,
     REAL *returns, REAL *advantages, REAL *action_values, REAL *td_errors) /* (N) each */
 {
-    for (int64_t s = sequences - 1; s >= 0; s--) { /* memory downwards throughout, which processors foresee */
+    for (int64_t s = sequences - 1; s >= 0; s--) { /* downwards in memory throughout, as prefetchers like it */
         const int64_t start = offsets ? offsets[s] : s * width;
         const int64_t n = offsets ? offsets[s + 1] - start : width;
         const REAL *l = log_ratio ? log_ratio + start : NULL, *V = values + start;
@@ -138,15 +139,15 @@ FOR_EACH_PROCESSOR void NAME(lambda_returns)(
         const REAL score = per_token ? 0 : rewards[s], end_value = bootstrap ? bootstrap[s] : 0;
         REAL *G = returns + start, *D = advantages + start, *Q = action_values + start, *d = td_errors + start;
 
-        /* Valid up to some slot, and none after it? Else the valid tokens are first squeezed together, to where the
-           results will be, and these spread afterwards; without branches, which chance would decide. */
+        /* Is all up to some slot valid, and none after it? If not, the valid tokens are first squeezed together, to
+           where the results will be, and these spread afterwards; without branches, which a random mask mispredicts. */
         const uint8_t *valid = mask ? mask + start : NULL;
         const uint8_t *end = valid && n ? memchr(valid, 0, n) : NULL;
         int64_t length = end ? end - valid : n;
-        const int holes = end && memchr(end, 1, n - length);
+        const int holes = end && memcmp(end, end + 1, n - length - 1); /* 0 follows 0 follows 0 … */
         if (holes) {
             length = 0;
-            for (int64_t t = 0; t < n; length += valid[t++]) {
+            for (int64_t t = 0; t < n; length += valid[t++] != 0) {
                 Q[length] = l ? l[t] : 0;
                 G[length] = r ? r[t] : 0;
                 d[length] = V[t];
@@ -158,7 +159,7 @@ FOR_EACH_PROCESSOR void NAME(lambda_returns)(
         NAME(scan)(length, l, V, r, score, end_value, tau, factor, gamma, alpha, G, D, Q, d);
         if (holes) {
             for (int64_t t = n - 1; t >= 0; t--) {
-                length -= valid[t];
+                length -= valid[t] != 0;
                 G[t] = G[length];
                 D[t] = D[length];
                 Q[t] = Q[length];

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 from ctypes import CDLL, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
@@ -30,7 +31,8 @@ def lambda_returns(
     gamma: float,
     alpha: float,
 ) -> Tensor:
-    """G, Δ, Q, δ, the rows of one buffer (4, values.numel()). Other devices' tensors are copied here, the buffer back.
+    """G, Δ, Q, δ, the rows of one buffer (4, values.numel()). Tensors of other devices are copied to the CPU, and the
+    buffer is copied back.
 
     One buffer, since glibc hands four freed blocks of 2 MB (512×1024) back to the system but keeps one of 8 MB, and
     2000 page faults cost up to 4 ms where the scan takes 0.3.
@@ -38,8 +40,11 @@ def lambda_returns(
     dtype = compute_dtype(log_ratio, values)
     buffer = torch.empty(4, values.numel(), dtype=dtype)
     sequences, width = values.shape if cu_seqlens is None else (len(cu_seqlens) - 1, 0)
-    tensors = [None if x is None else x.to("cpu", dtype).contiguous() for x in (log_ratio, values, rewards, bootstrap)]
-    tensors += [None if x is None else x.cpu().contiguous() for x in (mask, cu_seqlens)]
+    dtypes = (dtype, dtype, dtype, dtype, torch.bool, torch.int32)
+    tensors = [
+        None if x is None else x.to("cpu", kind).resolve_neg().contiguous()
+        for x, kind in zip((log_ratio, values, rewards, bootstrap, mask, cu_seqlens), dtypes, strict=True)
+    ]
     _function(dtype)(
         *(None if x is None else x.data_ptr() for x in tensors),
         sequences,
@@ -56,32 +61,37 @@ def lambda_returns(
 
 @lru_cache
 def _function(dtype: torch.dtype) -> Any:
-    function = _library()[f"lambda_returns_{str(dtype).removeprefix('torch.')}"]
+    function = library()[f"lambda_returns_{str(dtype).removeprefix('torch.')}"]
     function.argtypes = [*[c_void_p] * 6, *[c_int64] * 2, c_int, *[c_double] * 4, *[c_void_p] * 4]
     function.restype = None
     return function
 
 
 @lru_cache
-def _library() -> CDLL:
-    """cpu.c, compiled in 0.3 s by `$CC` or `cc` and kept in `$XDG_CACHE_HOME/klq_fast` or `~/.cache/klq_fast`."""
+def library() -> CDLL:
+    """cpu.c, compiled in 0.3 s by `$CC` or `cc` and kept in `$XDG_CACHE_HOME/klq_fast` or `~/.cache/klq_fast`.
+
+    Raises RuntimeError where there is no compiler, or no folder to keep it in.
+    """
     source = Path(__file__).with_name("cpu.c")
     compiler = os.environ.get("CC") or "cc"
-    made_of = (compiler, *OPTIONS, platform.platform(), source.read_text(encoding="utf-8"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
-    library = cache / f"lambda_returns-{sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cache) as folder:  # so that a process beside this one never loads half a library
-            built = Path(folder) / library.name
-            try:
-                command = [*compiler.split(), *OPTIONS, str(source), "-o", str(built)]
+    machine = (platform.system(), platform.machine(), *platform.libc_ver())
+    made_of = repr((compiler, OPTIONS, machine, source.read_text(encoding="utf-8")))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
+        kept = cache / f"lambda_returns-{sha256(made_of.encode()).hexdigest()[:16]}.so"
+        if not kept.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=cache) as folder:  # a process beside this one never loads half a library
+                built = Path(folder) / kept.name
+                command = [*shlex.split(compiler), *OPTIONS, str(source), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                reason = getattr(error, "stderr", "").strip() or error
-                raise RuntimeError(
-                    f"lambda_returns on a CPU is compiled at first use, and `{compiler}` could not do that: {reason}; "
-                    "install a C compiler (as Triton needs one), name yours in CC, or pass impl='reference', a loop"
-                ) from error
-            built.replace(library)
-    return CDLL(str(library))
+                built.replace(kept)
+        return CDLL(str(kept))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "").strip() or error
+        raise RuntimeError(
+            f"lambda_returns on a CPU is compiled at first use, and `{compiler}` could not do that: {reason}. "
+            "Install a C compiler (as Triton needs one) or name yours in CC; XDG_CACHE_HOME names the folder to keep the "
+            "result in; impl='reference' needs neither"
+        ) from error

@@ -59,11 +59,12 @@ def lambda_returns(
         bootstrap: value of the state after the last valid token, for rows that were cut off; default 0 (terminal).
         cu_seqlens: offsets of packed sequences: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. They
             start at 0 and end at N. May come with a mask (N,).
-        impl: "reference" is the loop over time; "torch" runs anywhere, in C on the CPU, to which tensors of other
-            devices are copied; "triton" is one launch on a GPU, not for float64.
+        impl: "reference" is the loop over time; "torch" runs anywhere, as C on the CPU: tensors on other devices
+            are copied there and the results back; "triton" is one launch on a GPU, not for float64.
 
     Tensors may be float32, float64, bfloat16 or float16, on one device; results are float64 where log_ratio or values
-    is, else float32. No gradient flows through. Raises ValueError on any other shape, dtype, device or number.
+    is, else float32. No gradient flows through. Raises ValueError on any other shape, dtype, device or number, and
+    RuntimeError where "torch" finds no C compiler.
     """
     options: dict[str, Any] = {"tau": tau, "lam": lam, "gamma": gamma, "alpha": alpha, "impl": impl}
     options |= {"bootstrap": bootstrap, "cu_seqlens": cu_seqlens}
@@ -78,7 +79,7 @@ def lambda_returns_with_metrics(
 ) -> tuple[LambdaReturns, dict[str, Tensor]]:
     """`lambda_returns`, which has the same arguments, and what one watches of them, over all valid tokens.
 
-    The metrics are 0-d float32 tensors, 0 where nothing is valid; nothing waits for the device:
+    The metrics are 0-d float32 tensors, 0 where nothing is valid; with impl="triton" nothing waits for the device:
 
         td_error            mean of δ
         kl                  mean of ℓ: the KL divergence from the reference, per token
@@ -132,9 +133,8 @@ def _lambda_returns(
         returns, action_values, td_errors, advantages = (x.to(dtype) for x in exact)
         statistics = batch_statistics(log_ratio, mask, advantages, action_values, td_errors)
         return LambdaReturns(returns, action_values, td_errors, advantages), statistics
-    scan = _scan_op if torch.compiler.is_compiling() else _scan
     numbers = (float(tau), float(lam), float(gamma), float(alpha))
-    buffer, statistics = scan(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, *numbers, metrics, impl)
+    buffer, statistics = _scan_op(log_ratio, values, rewards, mask, bootstrap, cu_seqlens, *numbers, metrics, impl)
     returns, advantages, action_values, td_errors = _rows(buffer, values)
     return LambdaReturns(returns, action_values, td_errors, advantages), statistics
 
@@ -170,9 +170,8 @@ def gae(
         )
         dtype = compute_dtype(values)
         return advantages.to(dtype), returns.to(dtype)
-    scan = _scan_op if torch.compiler.is_compiling() else _scan
     numbers = (1.0, float(lam), float(gamma), 1.0)
-    buffer, _ = scan(None, values, rewards, mask, bootstrap, cu_seqlens, *numbers, False, impl)
+    buffer, _ = _scan_op(None, values, rewards, mask, bootstrap, cu_seqlens, *numbers, False, impl)
     returns, advantages, *_ = _rows(buffer, values)
     return advantages, returns
 

@@ -120,7 +120,7 @@ def prepare(
 ) -> DemoPaths:
     """Make, or find in the cache, the demo's prompts, SFT policy and learned reward model.
 
-    cache: the folder that holds one subfolder per version of the ingredients; default `$XDG_CACHE_HOME/klq_fast`
+    cache: the folder for one subfolder per version of the ingredients; default `$XDG_CACHE_HOME/klq_fast`
     or `~/.cache/klq_fast`. progress: receives the lines to show; with `print` on a terminal, bars are shown instead.
     A stage interrupted at any moment leaves nothing behind that is taken for complete; complete stages are reused.
     The same machine and versions make the same bits again. The caller's random state is left as it was.
