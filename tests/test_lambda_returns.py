@@ -605,7 +605,7 @@ def test_the_c_scan_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
             build()
     assert list((tmp_path / "klq_fast").iterdir()) == [library]
     monkeypatch.setenv("XDG_CACHE_HOME", str(library))
-    with pytest.raises(RuntimeError, match="Not a directory.*XDG_CACHE_HOME"):
+    with pytest.raises(RuntimeError, match=r"Not a directory.*XDG_CACHE_HOME"):
         build()
 
 

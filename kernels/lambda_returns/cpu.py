@@ -92,6 +92,6 @@ def library() -> CDLL:
         reason = getattr(error, "stderr", "").strip() or error
         raise RuntimeError(
             f"lambda_returns on a CPU is compiled at first use, and `{compiler}` could not do that: {reason}. "
-            "Install a C compiler (as Triton needs one) or name yours in CC; XDG_CACHE_HOME names the folder to keep the "
-            "result in; impl='reference' needs neither"
+            "Install a C compiler (as Triton needs one) or name yours in CC; XDG_CACHE_HOME names the folder for the "
+            "result; impl='reference' needs neither"
         ) from error
