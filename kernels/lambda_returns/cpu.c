@@ -56,6 +56,15 @@
 typedef REAL VECTOR __attribute__((vector_size(8 * sizeof(REAL))));
 typedef INTEGER INDICES __attribute__((vector_size(8 * sizeof(REAL))));
 
+static inline __attribute__((always_inline)) REAL NAME(masked)(REAL x, INTEGER mask)
+{
+    INTEGER bits;
+    memcpy(&bits, &x, sizeof x);
+    bits &= mask;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* One sequence of n valid tokens. A result may lie where an argument does, slot for slot: each is read before it is
    written. */
 static inline __attribute__((always_inline)) void NAME(scan)(
@@ -159,17 +168,12 @@ FOR_EACH_PROCESSOR void NAME(lambda_returns)(
         NAME(scan)(length, l, V, r, score, end_value, tau, factor, gamma, alpha, G, D, Q, d);
         if (holes) {
             for (int64_t t = n - 1; t >= 0; t--) {
-                length -= valid[t] != 0;
-                G[t] = G[length];
-                D[t] = D[length];
-                Q[t] = Q[length];
-                d[t] = d[length];
-            }
-            for (int64_t t = 0; t < n; t++) {
-                G[t] = valid[t] ? G[t] : 0;
-                D[t] = valid[t] ? D[t] : 0;
-                Q[t] = valid[t] ? Q[t] : 0;
-                d[t] = valid[t] ? d[t] : 0;
+                const INTEGER kept = -(valid[t] != 0); /* all ones or none */
+                length += kept;
+                G[t] = NAME(masked)(G[length], kept);
+                D[t] = NAME(masked)(D[length], kept);
+                Q[t] = NAME(masked)(Q[length], kept);
+                d[t] = NAME(masked)(d[length], kept);
             }
         } else {
             const size_t padding = (n - length) * sizeof(REAL);
