@@ -42,11 +42,13 @@ def test_operations_are_those_of_the_model() -> None:
     with FlopCounterMode(display=False) as counter:
         model.base_model(input_ids=tokens)  # type: ignore[operator]
     attention = 2 * rows * length * length * 64 * 3
-    assert counter.get_total_flops() == shape.trunk_flops(rows * length, length) + attention
+    # Some releases of transformers make the rotation's angles by a matrix product: 192 operations of 32 million.
+    expected = shape.trunk_flops(rows * length, length) + attention
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-5)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens).logits.sum().backward()  # type: ignore[operator]
     forward = shape.trunk_flops(rows * length, length) + attention + shape.head_flops(rows * length)
-    assert counter.get_total_flops() == 3 * forward
+    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-5)
 
 
 def test_batch_is_the_sum_of_its_passes() -> None:
