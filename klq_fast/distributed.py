@@ -336,12 +336,13 @@ def whole(tensor: Tensor) -> Tensor:
 # Processes that fail alone.
 
 
-def first_to_say() -> bool:
-    """True for the first process that asks: when all fail, one says why."""
+def first_to_say(otherwise: bool) -> bool:
+    """True for the first process that asks: when all fail, one says why. `otherwise`: the answer where the store went
+    with the process that held it, which has said it, unless it was killed."""
     try:
         return _world.store is None or _world.size == 1 or _world.store.add("said", 1) == 1
-    except RuntimeError:  # the store went with the process that held it
-        return True
+    except RuntimeError:
+        return otherwise
 
 
 @contextmanager
@@ -366,7 +367,7 @@ def watched(advice: str) -> Iterator[None]:
                 return
             leaving.wait(GRACE)  # it failed: with an error that all raise, or alone?
         if not leaving.is_set():
-            if first_to_say():
+            if first_to_say(otherwise=True):
                 print(f"error: process {following} of {size} is gone, so all stop; {advice}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()

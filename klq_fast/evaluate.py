@@ -386,7 +386,7 @@ def main(args: Sequence[str] | None = None) -> None:
         run_command(distributed.from_first(lambda: tyro.cli(Options, args=args, prog="python -m klq_fast.evaluate")))
         distributed.stop()
     except InputError as error:
-        if distributed.first_to_say():
+        if distributed.first_to_say(otherwise=False):
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    if distributed.first_to_say():
+    if distributed.first_to_say(otherwise=False):
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 

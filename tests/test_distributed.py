@@ -295,11 +295,23 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert_same(run, one)
 
 
+def main_slow_to_speak(args: list[str]) -> None:
+    """The run in processes of which the second, when all fail, comes to that after the first has gone."""
+    first_to_say = distributed.first_to_say
+
+    def later(otherwise: bool) -> bool:
+        time.sleep(5 if os.environ["RANK"] == "1" else 0)
+        return first_to_say(otherwise)
+
+    distributed.first_to_say = later  # type: ignore[assignment]
+    main(args)
+
+
 def test_an_error_of_one_is_the_error_of_all_and_the_run_goes_on_in_two(
     folder: Path, tmp_path: Path, one: Path
 ) -> None:
     args = arguments(folder, tmp_path / "run", "--reward", "distributed_rewards:fails_on_one")
-    ranks = Ranks(2, args, tmp_path / "logs")
+    ranks = Ranks(2, args, tmp_path / "logs", main_slow_to_speak)
     assert ranks.wait() == [2, 2], ranks.said
     assert ranks.said.count("the judge is away") == 1 and "Traceback" not in ranks.said
     assert ranks.said.count("failed after batch 3") == 1

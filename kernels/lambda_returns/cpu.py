@@ -74,24 +74,32 @@ def library() -> CDLL:
     Raises RuntimeError where there is no compiler, or no folder to keep it in.
     """
     source = Path(__file__).with_name("cpu.c")
-    compiler = os.environ.get("CC") or "cc"
     machine = (platform.system(), platform.machine(), *platform.libc_ver())
-    made_of = repr((compiler, OPTIONS, machine, source.read_text(encoding="utf-8")))
+    made_of = repr((OPTIONS, machine, source.read_text(encoding="utf-8")))
+    name = f"lambda_returns-{sha256(made_of.encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
-        kept = cache / f"lambda_returns-{sha256(made_of.encode()).hexdigest()[:16]}.so"
-        if not kept.exists():
+        if not (cache / name).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=cache) as folder:  # a process beside this one never loads half a library
-                built = Path(folder) / kept.name
-                command = [*shlex.split(compiler), *OPTIONS, str(source), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.replace(kept)
-        return CDLL(str(kept))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                _compile(source, Path(folder) / name)
+                (Path(folder) / name).replace(cache / name)
+        return CDLL(str(cache / name))
+    except OSError as error:
+        raise RuntimeError(
+            f"the λ-returns' scan in C cannot be kept in, or loaded from, {cache}: {error}; "
+            "XDG_CACHE_HOME names another folder"
+        ) from error
+
+
+def _compile(source: Path, target: Path) -> None:
+    compiler = os.environ.get("CC") or "cc"
+    try:
+        command = [*shlex.split(compiler), *OPTIONS, str(source), "-o", str(target)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", "").strip() or error
         raise RuntimeError(
-            f"lambda_returns on a CPU is compiled at first use, and `{compiler}` could not do that: {reason}. "
-            "Install a C compiler (as Triton needs one) or name yours in CC; XDG_CACHE_HOME names the folder for the "
-            "result; impl='reference' needs neither"
+            "on a CPU the λ-returns' scan in C is compiled at first use, which needs a C compiler: "
+            f"`{compiler}` failed: {reason}; install one (gcc, clang), or name yours in CC"
         ) from error
