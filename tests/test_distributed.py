@@ -1,6 +1,7 @@
 """Runs in several processes, for real (gloo): the same as in one, on any number, whoever dies, wherever it goes on."""
 
 import copy
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -151,6 +152,7 @@ def _rank(launched: dict[str, Any], args: list[str], log: Path, work: Callable[[
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    faulthandler.enable()  # a crash in native code, of a rare race perhaps, should say where
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     plots.draw = lambda run: None  # takes longer than these runs
