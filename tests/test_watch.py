@@ -203,10 +203,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.neox(folder / "neox")
     tiny.write_jsonl(folder / "prompts.jsonl", ({"prompt": f"prompt {i}:"} for i in range(40)))
     (folder / "watch_rewards.py").write_text(
+        "import itertools\n"
         "def ascii(prompts, responses):\n"
         "    return [sum(letter < '\\x7f' for letter in response) / 2 for response in responses]\n"
         "def short(prompts, responses):\n"
         "    return [-float(len(response)) for response in responses]\n"
+        "signs = itertools.cycle((1, -1))\n"
+        "def turning(prompts, responses):\n"
+        "    sign = next(signs)\n"
+        "    return [sign * (10 + score) for score in ascii(prompts, responses)]\n"
     )
     return folder
 
@@ -239,7 +244,8 @@ def test_runs_that_fail_say_so_and_one_that_learns_does_not(
     assert said("ascii", "--learning-rate", "3e-3", "--policy-weight", "20") == []
     # A step of 0.3 on weights of 0.02 puts the policy somewhere else at once, and with τ = 0.5 no score can pay for it.
     assert any("KL is running away" in text for text in said("ascii", "--learning-rate", "0.3", "--tau", "0.5"))
-    assert any("thrown to and fro" in text for text in said("ascii", "--learning-rate", "0.3"))
+    # Whether steps of that size throw a policy to and fro is chance (4 of 16 seeds), so here the reward does it.
+    assert any("thrown to and fro" in text for text in said("turning"))
     # The shortest answer is none: τ = 0.001 lets it go there.
     hacked = said("short", "--learning-rate", "1e-2", "--tau", "1e-3", "--policy-weight", "1000")
     assert any("reward hacking" in text and "the responses' length" in text for text in hacked)
