@@ -1,6 +1,7 @@
 """Decoding: samples exactly from softmax(logits / temperature), token by token, for a batch of prompts."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,7 @@ class Decoder:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.cache_name = cache_name(policy.model.base_model)
         self.graph: torch.cuda.CUDAGraph | None = None  # the captured step of the present rows
         self.cache: Cache | None = None
         self.used = 0  # columns of the cache
@@ -140,9 +142,8 @@ class Decoder:
         places = np.nonzero(seen[rows])  # row by row, as they are packed
         at, column = to_device(rows[places[0]], device), to_device(places[1], device)
         sequences, read = Sequences(seen[rows].sum(1), device), DynamicCache(config=self.policy.model.config)
-        output = self.policy.model.base_model(
-            input_ids=prompt_tokens[at, column][None], past_key_values=read, use_cache=True, **sequences.model_inputs()
-        )
+        inputs: dict[str, Any] = {self.cache_name: read} | sequences.model_inputs()
+        output = self.policy.model.base_model(input_ids=prompt_tokens[at, column][None], use_cache=True, **inputs)
         assert self.cache is not None
         layers: list[tuple[Any, Any]] = list(zip(self.cache.layers, read.layers, strict=True))
         for layer, new in layers:
@@ -191,10 +192,15 @@ class Decoder:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
         return next_logits(self.policy, output.last_hidden_state[:, -1])
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls its cache of keys and values: `cache` since transformers 5.24, which warns of the old name."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def _capturable(policy: Policy, device: torch.device) -> bool:

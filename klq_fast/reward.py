@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from traceback import extract_tb
 from typing import Literal
 
 import torch
@@ -66,7 +67,8 @@ def reward_from_function(name: str) -> Reward:
     """
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
     except Exception as error:  # whatever importing the user's module raises
         raise InputError(f"--reward {name}: {type(error).__name__}: {error}, expected MODULE:FUNCTION") from error
     if not callable(function):
@@ -79,7 +81,11 @@ def reward_from_function(name: str) -> Reward:
             is_list = isinstance(result, Iterable) and not isinstance(result, str | Mapping)
             scores = list(result) if is_list else []
         except Exception as error:
-            raise InputError(f"--reward {name}: it raised {type(error).__name__}: {error} {example}") from error
+            frames = extract_tb(error.__traceback__)
+            own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
+            where = own or frames  # not where a library that it calls raised, if that is not all there is
+            raised = f"it raised {type(error).__name__}: {error}, at {where[-1].filename}:{where[-1].lineno}"
+            raise InputError(f"--reward {name}: {raised} {example}") from error
         if not is_list:
             raise InputError(f"--reward {name}: got {result!r:.200}, expected a list of floats {example}")
         if len(scores) != len(prompts):
