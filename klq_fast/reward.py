@@ -83,7 +83,7 @@ def reward_from_function(name: str) -> Reward:
         except Exception as error:
             frames = extract_tb(error.__traceback__)
             own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
-            where = own or frames  # not where a library that it calls raised, if that is not all there is
+            where = own or frames  # the module's own line helps more than that of a library it calls
             raised = f"it raised {type(error).__name__}: {error}, at {where[-1].filename}:{where[-1].lineno}"
             raise InputError(f"--reward {name}: {raised} {example}") from error
         if not is_list:
