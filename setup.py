@@ -11,5 +11,5 @@ setup(
         *(f"klq_fast.kernels.{name}" for name in kernels),
     ],
     package_dir={"klq_fast": "klq_fast", "klq_fast.kernels": "kernels"},
-    package_data={"klq_fast": ["py.typed"], "klq_fast.kernels.lambda_returns": ["cpu.c"]},
+    package_data={"": ["py.typed", "cpu.c", "cpu.h"]},
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config, InputError
-from .kernels.lambda_returns import cpu
+from .kernels import cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,8 @@ def check(config: Config) -> None:
         raise InputError("--offload: got no GPU here, so the models are in CPU memory all the time: leave it out")
     if not torch.cuda.is_available():
         try:
-            cpu.library()
+            for operation in ("lambda_returns", "log_ratio"):
+                cpu.library(operation)
         except RuntimeError as error:
             raise InputError(str(error)) from None
 

@@ -84,8 +84,9 @@ def test_a_wheel(checkout: Path, tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     held = {name for name in names if ".dist-info/" not in name}
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "klq_fast").rglob("*.py")}
-    kernels = {f"klq_fast/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels").rglob("*.py")}
-    assert held == package | kernels | {"klq_fast/py.typed", "klq_fast/kernels/lambda_returns/cpu.c"}
+    sources = [p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".py", ".c", ".h")]
+    kernels = {f"klq_fast/{p.relative_to(ROOT).as_posix()}" for p in sources}
+    assert held == package | kernels | {"klq_fast/py.typed"}
     assert {
         f"klq_fast/kernels/{op}/op.py" for op in ("klq_loss", "lambda_returns", "linear_logprob", "log_ratio")
     } < held

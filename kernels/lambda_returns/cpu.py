@@ -1,22 +1,14 @@
-"""The λ-returns of op.py on a CPU: compiles cpu.c at its first use, as Triton does its kernels, and calls it."""
+"""The λ-returns of op.py on a CPU, in C: cpu.c."""
 
-import os
-import platform
-import shlex
-import subprocess
-from ctypes import CDLL, c_double, c_int, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
-from hashlib import sha256
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-
-OPTIONS = ("-std=gnu11", "-O2", "-shared", "-fPIC")
+from ..cpu import library
 
 
 def lambda_returns(
@@ -55,51 +47,14 @@ def lambda_returns(
         gamma,
         alpha,
         *(row.data_ptr() for row in buffer),
+        torch.get_num_threads(),
     )
     return buffer.to(values.device)
 
 
 @lru_cache
 def _function(dtype: torch.dtype) -> Any:
-    function = library()[f"lambda_returns_{str(dtype).removeprefix('torch.')}"]
-    function.argtypes = [*[c_void_p] * 6, *[c_int64] * 2, c_int, *[c_double] * 4, *[c_void_p] * 4]
+    function = library("lambda_returns")[f"lambda_returns_{str(dtype).removeprefix('torch.')}"]
+    function.argtypes = [*[c_void_p] * 6, *[c_int64] * 2, c_int, *[c_double] * 4, *[c_void_p] * 4, c_int]
     function.restype = None
     return function
-
-
-@lru_cache
-def library() -> CDLL:
-    """cpu.c, compiled in 0.3 s by `$CC` or `cc` and kept in `$XDG_CACHE_HOME/klq_fast` or `~/.cache/klq_fast`.
-
-    Raises RuntimeError where there is no compiler, or no folder to keep it in.
-    """
-    source = Path(__file__).with_name("cpu.c")
-    machine = (platform.system(), platform.machine(), *platform.libc_ver())
-    made_of = repr((OPTIONS, machine, source.read_text(encoding="utf-8")))
-    name = f"lambda_returns-{sha256(made_of.encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
-    try:
-        if not (cache / name).exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=cache) as folder:  # a process beside this one never loads half a library
-                _compile(source, Path(folder) / name)
-                (Path(folder) / name).replace(cache / name)
-        return CDLL(str(cache / name))
-    except OSError as error:
-        raise RuntimeError(
-            f"the λ-returns' scan in C cannot be kept in, or loaded from, {cache}: {error}; "
-            "XDG_CACHE_HOME names another folder"
-        ) from error
-
-
-def _compile(source: Path, target: Path) -> None:
-    compiler = os.environ.get("CC") or "cc"
-    try:
-        command = [*shlex.split(compiler), *OPTIONS, str(source), "-o", str(target)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", "").strip() or error
-        raise RuntimeError(
-            "on a CPU the λ-returns' scan in C is compiled at first use, which needs a C compiler: "
-            f"`{compiler}` failed: {reason}; install one (gcc, clang), or name yours in CC"
-        ) from error

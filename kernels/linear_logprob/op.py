@@ -181,7 +181,10 @@ def head_pass(
 
     chunk_size = chunk_rows(len(tokens), vocab, device, weight_grad)
     # With "triton" the rows start at multiples of 16 bytes, in bfloat16 too, as the fast matrix products want them.
-    columns = -(-vocab // 8) * 8 if triton else vocab
+    # On a CPU they are an odd number of cache lines of 64 bytes apart: where a power of two divides that distance, they
+    # crowd into few sets of the caches, which cost the products 0.04 of their time for V = 50304.
+    line = 8 if triton else 64 // dtype.itemsize
+    columns = line * (-(-vocab // line) | (not triton))
     buffer = torch.empty(chunk_size, columns, dtype=dtype, device=device)[:, :vocab]
     slopes = None
     if softcap is not None and row_gradient is not None and not triton:
@@ -235,7 +238,8 @@ def _row_pass_(
     slopes: Tensor | None,  # (tile_rows, V); needed for gradients through the softcap
 ) -> tuple[Tensor, Tensor]:  # (n,), (n,)
     """In PyTorch what target_softmax_ of ../log_ratio/kernel.py does: log π(a) and total."""
-    size = tile_rows(logits.shape[1], logits.device)
+    plain = bias is None and softcap is None
+    size = len(logits) if plain else tile_rows(logits.shape[1], logits.device)
     parts = []
     for tile, tile_tokens in zip(logits.split(size), tokens.split(size), strict=True):
         if bias is not None:

@@ -14,7 +14,7 @@ from ..checks import (
     refuse_double_backward,
     resolve_impl,
 )
-from . import reference
+from . import cpu, reference
 
 
 def logprobs(
@@ -98,6 +98,8 @@ def target_softmax_(
     usual 1 − p is off by 60% at p = 1 − 1e-7. For the same reason log π(a) is −log1p(S) where a is the likeliest
     token, hence exact for confident tokens and never above 0.
     """
+    if cpu.takes(logits):
+        return cpu.target_softmax(logits, tokens, out=logits)
     target = tokens.unsqueeze(1)
     top = logits.amax(dim=1, keepdim=True)
     target_gap = logits.gather(1, target) - top
@@ -132,6 +134,8 @@ def _row_index(rows: slice, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _logprobs_torch(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    if cpu.takes(logits):
+        return cpu.target_softmax(logits, tokens, temperature=temperature)[0]
     out = torch.empty(tokens.numel(), dtype=compute_dtype(logits), device=logits.device)
     for rows, chunk in _chunks(logits, temperature):
         out[rows], _ = target_softmax_(chunk, tokens.reshape(-1)[rows])
@@ -139,6 +143,9 @@ def _logprobs_torch(logits: Tensor, tokens: Tensor, temperature: float) -> Tenso
 
 
 def _gradient_torch(grad: Tensor, logits: Tensor, tokens: Tensor, out: Tensor, temperature: float) -> None:
+    if cpu.takes(logits, out):
+        cpu.target_softmax(logits, tokens, temperature=temperature, out=out, grad=grad)
+        return
     grad, tokens = grad.reshape(-1), tokens.reshape(-1)
     rows_apart = out.view(-1, out.shape[-1]) if out.is_contiguous() else None
     for rows, chunk in _chunks(logits, temperature):
