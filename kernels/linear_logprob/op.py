@@ -43,7 +43,8 @@ def linear_logprobs(
     2·N·V·D floating-point operations and keeps nothing but its inputs; backward computes the logits again, 6·N·V·D
     (4·N·V·D where hidden or weight is frozen). Logits exist for a chunk of tokens at a time, in float32; with Triton
     they are the float32 sums of products of hidden and weight as they are, of 16 bits or not.
-    Raises ValueError for wrong shapes, dtypes and devices, a token outside [0, V), temperature or softcap ≤ 0.
+    Raises ValueError for wrong shapes, dtypes and devices, a token outside [0, V), temperature or softcap ≤ 0;
+    RuntimeError where a CPU is to compute and no C compiler is found.
     """
     check_head(hidden, weight, tokens, bias, temperature, softcap)
     chosen = resolve_impl(impl, hidden, weight)

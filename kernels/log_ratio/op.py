@@ -33,7 +33,7 @@ def logprobs(
     gradient is written over logits, which hold other numbers from then on, and a second backward pass through them
     raises autograd's RuntimeError. impl="reference" has no such option.
     Raises ValueError for wrong shapes, dtypes and devices, a token outside [0, V), temperature ≤ 0, inplace_backward
-    with logits whose rows share memory.
+    with logits whose rows share memory; RuntimeError where a CPU is to compute and no C compiler is found.
     """
     _check("logits", logits, tokens, temperature)
     implementation = _resolve(impl, inplace_backward, logits)
