@@ -222,7 +222,8 @@ def draw(results: Results, path: Path) -> None:
         model = ", ".join(f"{key} = {case['size'][key]}" for key in ("D", "V") if key in case["size"])
         groups.setdefault(f"{case['op']}  {model}", []).append(case)
     peers = {name: None for case in results["cases"] for name in case["contenders"] if name not in (OURS, FLOOR)}
-    colours = {OURS: "black", FLOOR: "grey", **{name: f"C{number}" for number, name in enumerate(peers)}}
+    # C7 is grey too.
+    colours = {OURS: "black", FLOOR: "grey", **{name: f"C{number + (number > 6)}" for number, name in enumerate(peers)}}
     groups = {label: cases for label, cases in groups.items() if len(cases) > 1} or groups  # one point says little
     figure, rows = pyplot.subplots(len(groups), 3, figsize=(14, 3 * len(groups)), squeeze=False, layout="constrained")
     for axes, (label, cases) in zip(rows, groups.items(), strict=True):

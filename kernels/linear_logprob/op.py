@@ -121,7 +121,7 @@ def chunk_rows(tokens: int, vocab: int, device: torch.device, weight_grad: bool)
     """Tokens per chunk of logits: chunks of about equal size, as large as the device wants them.
 
     On CPU at most 70 MiB of float32 logits. V = 50304, D = 512, N = 2048 gives 342 rows, with which the whole
-    takes 1.10 of the time of the three matrix products with two threads and 0.99 with one; 256 rows cost 0.04 more.
+    takes 1.07 to 1.13 of the time of the three matrix products; 256 rows cost 0.04 more.
 
     On CUDA 2048 rows (1 GiB of logits for V = 131072), or 512 where the weight has no gradient; in multiples of 128,
     the rows of a tile of the matrix products. The weight's gradient costs 2·C·V·D operations a chunk of C rows, and
