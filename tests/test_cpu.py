@@ -70,20 +70,28 @@ def test_the_exponential() -> None:
     assert (logits[0, -4:] == 0).all()
 
 
-def test_neighbours_are_untouched() -> None:
-    """Rows of every length modulo the vectors' width, in a frame of NaN that is neither read nor written."""
+@pytest.mark.parametrize("frame", [1e30, torch.nan])
+def test_neighbours_are_untouched(frame: float) -> None:
+    """Rows of every length modulo the vectors' width: a frame of larger numbers would be the maximum if it were read,
+    and scaled to another number if it were written."""
     for vocab in (*range(1, 40), 511, 512, 513, 1030):
-        frame = torch.full((3, vocab + 2), torch.nan)
-        frame[1, 1:-1] = torch.randn(vocab)
-        row = frame[1:2, 1:-1]
-        exact = row.double().softmax(dim=1)
+        around, out_around = torch.full((3, vocab + 2), frame), torch.full((3, vocab + 40), frame)
+        row, out = around[1:2, 1:-1], out_around[1:2, 20:-20]
+        row.copy_(torch.randn(1, vocab))
+        before = around.clone()
         token = torch.tensor([vocab // 2])
-        out, total = cpu.target_softmax(row, token, out=row)
-        torch.testing.assert_close(out.double(), exact[0, token].log(), rtol=1e-6, atol=1e-6)
-        exact[0, token] -= 1
-        torch.testing.assert_close(row.double() / total, exact, rtol=1e-5, atol=1e-6)
-        frame[1, 1:-1] = torch.nan
-        assert frame.isnan().all()
+        exact = row.double().log_softmax(dim=1)
+        gradient = -2 * exact.exp()
+        gradient[0, token] += 2
+        logprob, _ = cpu.target_softmax(row, token, out=out, grad=torch.tensor([2.0]))
+        torch.testing.assert_close(logprob.double(), exact[0, token], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out.double(), gradient, rtol=1e-5, atol=1e-6)
+        assert torch.equal(around.nan_to_num(), before.nan_to_num())
+        _, total = cpu.target_softmax(row, token, out=row)
+        torch.testing.assert_close(-2 * row.double() / total, gradient, rtol=1e-5, atol=1e-6)
+        for whole, inner in ((around, row), (out_around, out)):
+            inner.fill_(frame)
+            assert torch.equal(whole, torch.full_like(whole, frame)) or (whole.isnan().all() and frame != frame)
 
 
 COUNT_THREADS = """

@@ -161,7 +161,10 @@ def test_log_ratio_of_equals_is_exactly_zero(impl, dtype) -> None:
     logits = (torch.randn(40 if impl == "torch" else 10, 5003) * 10).to(dtype)
     tokens = torch.randint(0, 5003, (len(logits),))
     wide = torch.stack((logits, logits), dim=1)[:, 1]  # other strides
-    assert (log_ratio(logits, wide, tokens, temperature=0.7, impl=impl) == 0).all()
+    turned = logits.T.contiguous().T  # a vocabulary that is not in one piece
+    exact = logits.float()  # another dtype with the same numbers
+    for equal in (wide, turned, exact):
+        assert (log_ratio(logits, equal, tokens, temperature=0.7, impl=impl) == 0).all()
 
 
 def test_gradcheck() -> None:

@@ -27,7 +27,7 @@ def lambda_returns(
     buffer is copied back.
 
     One buffer, since glibc hands four freed blocks of 2 MB (512×1024) back to the system but keeps one of 8 MB, and
-    2000 page faults cost up to 4 ms where the scan takes 0.3.
+    2000 page faults cost up to 4 ms where the scan takes 0.5.
     """
     dtype = compute_dtype(log_ratio, values)
     buffer = torch.empty(4, values.numel(), dtype=dtype)

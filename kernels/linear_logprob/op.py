@@ -19,6 +19,7 @@ from ..checks import (
     refuse_double_backward,
     resolve_impl,
 )
+from ..log_ratio import cpu
 from ..log_ratio.op import target_softmax_, tile_rows
 from . import reference
 
@@ -182,8 +183,8 @@ def head_pass(
 
     chunk_size = chunk_rows(len(tokens), vocab, device, weight_grad)
     # With "triton" the rows start at multiples of 16 bytes, in bfloat16 too, as the fast matrix products want them.
-    # On a CPU they are an odd number of cache lines of 64 bytes apart: where a power of two divides that distance, they
-    # crowd into few sets of the caches, which cost the products 0.04 of their time for V = 50304.
+    # Otherwise they are an odd number of cache lines of 64 bytes apart: where a power of two divides that distance,
+    # they crowd into few sets of the caches, which cost the products 0.04 of their time for V = 50304.
     line = 8 if triton else 64 // dtype.itemsize
     columns = line * (-(-vocab // line) | (not triton))
     buffer = torch.empty(chunk_size, columns, dtype=dtype, device=device)[:, :vocab]
@@ -238,9 +239,10 @@ def _row_pass_(
     temperature: float,
     slopes: Tensor | None,  # (tile_rows, V); needed for gradients through the softcap
 ) -> tuple[Tensor, Tensor]:  # (n,), (n,)
-    """In PyTorch what target_softmax_ of ../log_ratio/kernel.py does: log π(a) and total."""
-    plain = bias is None and softcap is None
-    size = len(logits) if plain else tile_rows(logits.shape[1], logits.device)
+    """Without Triton what target_softmax_ of ../log_ratio/kernel.py does: log π(a) and total."""
+    if bias is None and softcap is None and cpu.takes(logits):  # row by row, which needs no tiles
+        return target_softmax_(logits, tokens)
+    size = tile_rows(logits.shape[1], logits.device)
     parts = []
     for tile, tile_tokens in zip(logits.split(size), tokens.split(size), strict=True):
         if bias is not None:

@@ -31,7 +31,7 @@ def target_softmax(
 ) -> tuple[Tensor, Tensor]:  # (…), (…)
     """log π(a) and total of logits / temperature. In out comes E, or, with ∂loss/∂log π(a) as grad, the gradient of the
     loss with respect to logits."""
-    logprobs, totals = torch.empty(2, *tokens.shape, dtype=torch.float32, device="cpu").unbind()
+    logprobs, totals = (torch.empty(tokens.shape, dtype=torch.float32, device="cpu") for _ in range(2))
     if tokens.numel() == 0:
         return logprobs, totals
     tensors = [
