@@ -26,7 +26,7 @@ def library(operation: str) -> CDLL:
     source = folder / operation / "cpu.c"
     machine = (platform.system(), platform.machine(), *platform.libc_ver())
     texts = [path.read_text(encoding="utf-8") for path in (folder / "cpu.h", source)]
-    made_of = repr((OPTIONS, OPENMP, machine, texts))
+    made_of = repr((OPTIONS, OPENMP, os.environ.get("CC"), machine, texts))
     name = f"{operation}-{sha256(made_of.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq_fast"
     try:
